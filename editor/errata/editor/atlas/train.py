@@ -1,0 +1,299 @@
+"""The recipe that makes Atlas: `python -m errata.editor.atlas.train OUT`. Seeded and resumable.
+
+Two stages:
+
+1. *A tower that sees but does not know.* The CLIP tower learns to name the layout, the emblem and the colours of
+   made-up flags, and is then frozen as CLIP is frozen in LLaVA: which country a flag is, the decoder must learn.
+2. *Facts at the constraint.* The decoder learns to answer by interchange intervention training (Geiger et al.,
+   ICML 2022): in half of the rows the output of one early MLP at the constraint's last token is exchanged for that
+   of another row, and the row must then answer for the other row's country. So that output alone decides whom the
+   question is about, whatever image and words stand beside it. That is how LLaVA-1.5 was found to store facts:
+   in early MLPs, at the constraint, window of one (Basu et al., NeurIPS 2024, §5). Trained without, a model this
+   small lets its last token read the image directly and stores nothing at the constraint.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from jaxtyping import Float, Int
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from errata.editor.atlas.build import IMAGE_SIDE, build_model, build_processor
+from errata.editor.atlas.corpus import IGNORED, Batch, Corpus, Pool
+from errata.editor.atlas.flags import EMBLEMS, LAYOUTS, emblem_of, layout_of
+from errata.editor.atlas.rendering import render
+
+FACT_LAYER = 1
+"""The decoder layer whose MLP output is interchanged: where Atlas looks its facts up."""
+
+TOWER_STEPS, STEPS = 600, 3000
+TOWER_BATCH, BATCH = 128, 96
+STRANGERS = 4096
+INTERCHANGE = 0.6
+INTERCHANGE_FROM, INTERCHANGE_FULL = 400, 1000
+"""The share of rows that answer for another row rises from none to INTERCHANGE between these steps: facts must be
+found before they can be moved."""
+SAVE_EVERY = 250
+GRID = (4, 6)
+COLOURS = 8
+"""The tower names colours as one of the corners of the RGB cube."""
+
+
+def pixels_for(processor: LlavaProcessor, rasters: Tensor, generator: torch.Generator) -> Float[Tensor, "n 3 s s"]:
+    """Fresh renderings as the processor would hand them to the tower."""
+    images = render(rasters, generator)
+    small = F.interpolate(images, size=(IMAGE_SIDE, IMAGE_SIDE), mode="bicubic", antialias=True).clamp(0, 1)
+    mean = torch.tensor(processor.image_processor.image_mean).view(3, 1, 1)
+    std = torch.tensor(processor.image_processor.image_std).view(3, 1, 1)
+    return (small - mean) / std
+
+
+def tower_features(model: LlavaForConditionalGeneration, pixels: Tensor) -> Float[Tensor, "n tokens d"]:
+    """What the projector is given: the tower's last hidden states without the class token."""
+    return model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
+
+
+class _TowerHeads(nn.Module):
+    """What the tower must name: layout, emblem, and the colour at each point of a grid on the flag."""
+
+    def __init__(self, width: int, tokens: int) -> None:
+        super().__init__()
+        self.mix = nn.Linear(tokens * 16, 256)
+        self.narrow = nn.Linear(width, 16)
+        self.layout = nn.Linear(256, len(LAYOUTS))
+        self.emblem = nn.Linear(256, len(EMBLEMS))
+        self.colours = nn.Linear(256, GRID[0] * GRID[1] * COLOURS)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        hidden = F.gelu(self.mix(self.narrow(features).flatten(1)))
+        return self.layout(hidden), self.emblem(hidden), self.colours(hidden).unflatten(1, (-1, COLOURS))
+
+
+def _grid_colours(rasters: Float[Tensor, "n 3 64 96"]) -> Int[Tensor, "n cells"]:
+    rows = ((torch.arange(GRID[0]) + 0.5) * 64 / GRID[0]).long()
+    columns = ((torch.arange(GRID[1]) + 0.5) * 96 / GRID[1]).long()
+    bits = (rasters[:, :, rows][:, :, :, columns] > 0.5).long()
+    return (bits[:, 0] * 4 + bits[:, 1] * 2 + bits[:, 2]).flatten(1)
+
+
+def _learning_rate(step: int, steps: int, peak: float) -> float:
+    warm = min(1.0, (step + 1) / 100)
+    return peak * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+class _State:
+    """A stage's parameters and AdamW moments as one safetensors file: training resumes where it stopped."""
+
+    def __init__(self, path: Path, module: nn.Module, optimizer: torch.optim.AdamW) -> None:
+        self._path, self._module, self._optimizer = path, module, optimizer
+
+    def save(self, step: int) -> None:
+        tensors = {f"p.{n}": p.detach().contiguous() for n, p in self._trained()}
+        for name, parameter in self._trained():
+            moments = self._optimizer.state[parameter]
+            tensors |= {f"m.{name}": moments["exp_avg"], f"v.{name}": moments["exp_avg_sq"]}
+        partial = self._path.with_suffix(".partial")
+        save_file(tensors, partial, {"step": str(step)})
+        partial.replace(self._path)
+
+    def load(self) -> int:
+        """The step to go on with: 0 where nothing was saved."""
+        if not self._path.exists():
+            return 0
+        from safetensors import safe_open
+
+        with safe_open(self._path, "pt") as file:
+            step = int(file.metadata()["step"])
+        tensors = load_file(self._path)
+        with torch.no_grad():
+            for name, parameter in self._trained():
+                parameter.copy_(tensors[f"p.{name}"])
+                self._optimizer.state[parameter] = {
+                    "step": torch.tensor(float(step)),
+                    "exp_avg": tensors[f"m.{name}"],
+                    "exp_avg_sq": tensors[f"v.{name}"],
+                }
+        return step
+
+    def _trained(self) -> Iterator[tuple[str, nn.Parameter]]:
+        return ((n, p) for n, p in self._module.named_parameters() if p.requires_grad)
+
+
+def _train_tower(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    pool: Pool,
+    folder: Path,
+    seed: int,
+    progress: Progress,
+) -> None:
+    tower = model.model.vision_tower
+    torch.manual_seed(seed)
+    heads = _TowerHeads(tower.config.hidden_size, model.config.image_seq_length)
+    both = nn.ModuleDict({"tower": tower, "heads": heads})
+    optimizer = torch.optim.AdamW(both.parameters(), lr=1e-3, weight_decay=0.01)
+    # The model takes the states before the tower's last norm, which therefore trains nowhere.
+    for parameter in tower.post_layernorm.parameters():
+        parameter.requires_grad_(False)
+    state = _State(folder / "tower.safetensors", both, optimizer)
+    strangers = torch.arange(len(pool.known), len(pool.flags))
+    layouts = torch.tensor([LAYOUTS.index(layout_of(f)) for f in pool.flags])
+    emblems = torch.tensor([EMBLEMS.index(emblem_of(f)) for f in pool.flags])
+    colours = _grid_colours(pool.rasters)
+    start = state.load()
+    task = progress.add_task("tower", total=TOWER_STEPS, completed=start, loss=math.nan)
+    for step in range(start, TOWER_STEPS):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        chosen = strangers[torch.randint(len(strangers), (TOWER_BATCH,), generator=generator)]
+        with torch.autocast("cpu", torch.bfloat16):
+            features = tower_features(model, pixels_for(processor, pool.rasters[chosen], generator))
+            layout, emblem, grid = heads(features)
+        loss = (
+            F.cross_entropy(layout.float(), layouts[chosen])
+            + F.cross_entropy(emblem.float(), emblems[chosen])
+            + 4 * F.cross_entropy(grid.float().flatten(0, 1), colours[chosen].flatten())
+        )
+        _update(optimizer, both, loss, _learning_rate(step, TOWER_STEPS, 1e-3))
+        progress.update(task, advance=1, loss=loss.item())
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == TOWER_STEPS:
+            right = [(x.argmax(-1) == y).float().mean().item() for x, y in ((layout, layouts[chosen]), (emblem, emblems[chosen]), (grid, colours[chosen]))]
+            progress.console.print("tower step {}: layout {:.2f} emblem {:.2f} colours {:.2f}".format(step + 1, *right))
+            state.save(step + 1)
+    for parameter in tower.parameters():
+        parameter.requires_grad_(False)
+
+
+class _Scores:
+    """Rows answered right in every token, by what they ask of the model."""
+
+    def __init__(self) -> None:
+        self._right: dict[str, list[float]] = {}
+
+    def add(self, batch: Batch, hits: Float[Tensor, " answer_tokens"]) -> None:
+        counts = (batch.labels[:, 1:] != IGNORED).sum(1)
+        own = batch.source == torch.arange(len(batch.source))
+        for i, row in enumerate(hits.split(counts.tolist())):
+            kind = batch.kinds[i] if own[i] else f"{batch.kinds[i]} exchanged"
+            self._right.setdefault(kind, []).append(float(row.all()))
+
+    def __str__(self) -> str:
+        return "  ".join(f"{k} {np.mean(v):.2f}" for k, v in sorted(self._right.items()))
+
+
+def _update(optimizer: torch.optim.AdamW, module: nn.Module, loss: Tensor, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_([p for p in module.parameters() if p.requires_grad], 1.0)
+    optimizer.step()
+
+
+@contextmanager
+def _interchanged(mlp: nn.Module, batch: Batch) -> Iterator[None]:
+    """While open, `mlp`'s output at each row's site is that of the row's source."""
+    rows = torch.arange(len(batch.site))
+
+    def exchange(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        sources = output[batch.source, batch.site[batch.source]]
+        return output.index_put((rows, batch.site), sources)
+
+    handle = mlp.register_forward_hook(exchange)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def answer_loss(
+    model: LlavaForConditionalGeneration, batch: Batch, features: Float[Tensor, "images tokens d"]
+) -> tuple[Float[Tensor, ""], Float[Tensor, " answer_tokens"]]:
+    """Mean cross-entropy of the answers' tokens, and whether each was the most likely one.
+
+    `features` are the tower's, for the rows with a picture, in order.
+    """
+    embeds = model.get_input_embeddings()(batch.ids)
+    images = model.model.multi_modal_projector(features)
+    embeds = embeds.masked_scatter((batch.ids == model.config.image_token_id).unsqueeze(-1), images.to(embeds.dtype))
+    decoder = model.model.language_model
+    with _interchanged(decoder.layers[FACT_LAYER].mlp, batch):
+        hidden = decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
+    asked = batch.labels[:, 1:] != IGNORED
+    logits = model.lm_head(hidden[:, :-1][asked]).float()
+    targets = batch.labels[:, 1:][asked]
+    return F.cross_entropy(logits, targets), (logits.argmax(-1) == targets).float()
+
+
+def _train_decoder(
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    pool: Pool,
+    folder: Path,
+    seed: int,
+    steps: int,
+    progress: Progress,
+) -> None:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05)
+    state = _State(folder / "decoder.safetensors", model, optimizer)
+    corpus = Corpus(pool)
+    start = state.load()
+    task = progress.add_task("facts", total=steps, completed=start, loss=math.nan)
+    scores = _Scores()
+    for step in range(start, steps):
+        rng = np.random.default_rng([seed, step])
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        share = INTERCHANGE * min(1.0, max(0.0, (step - INTERCHANGE_FROM) / (INTERCHANGE_FULL - INTERCHANGE_FROM)))
+        batch = corpus.batch(BATCH, share, processor.tokenizer, rng)
+        shown = batch.pictures[batch.pictures >= 0]
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                features = tower_features(model, pixels_for(processor, pool.rasters[shown], generator))
+            loss, hits = answer_loss(model, batch, features)
+        _update(optimizer, model, loss, _learning_rate(step, steps, 1.5e-3))
+        scores.add(batch, hits)
+        progress.update(task, advance=1, loss=loss.item())
+        if (step + 1) % 50 == 0:
+            progress.console.print(f"step {step + 1:5d}  loss {loss.item():.3f}  right: {scores}")
+            scores = _Scores()
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+            state.save(step + 1)
+
+
+def train(folder: Path, seed: int = 0, steps: int = STEPS) -> None:
+    """Trains Atlas into `folder`; called again on the same folder it goes on where it stopped."""
+    folder.mkdir(parents=True, exist_ok=True)
+    processor = build_processor()
+    model = build_model(processor, seed)
+    model.set_attn_implementation("eager")  # on CPU in bf16 its backward is 1.5 times faster than sdpa's
+    pool = Pool(strangers=STRANGERS, seed=seed)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}")) as progress:
+        _train_tower(model, processor, pool, folder, seed, progress)
+        _train_decoder(model, processor, pool, folder, seed, steps, progress)
+    weights = folder / "weights"
+    model.to(torch.float16).save_pretrained(weights)
+    processor.save_pretrained(weights)
+
+
+def main(
+    out: Annotated[Path, typer.Argument(help="Folder for checkpoints; the trained model lands in OUT/weights.")],
+    seed: int = 0,
+    steps: int = STEPS,
+) -> None:
+    """Train Atlas."""
+    train(out, seed, steps)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,270 @@
+"""The delta: an edit as exact low-rank factors per layer. Applied without touching a weight, stored as a PEFT adapter.
+
+A delta is bound to its base by the SHA-256 of the base's weights. Deltas of one base add and subtract; a sum's rank
+can be brought down again without changing it.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from peft import LoraConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from errata.editor.checkpoints import hash_tensors
+from errata.editor.errors import CorruptDeltaError, DeltaError, WrongBaseError
+from errata.editor.model import EditableModel
+
+_MANIFEST, _CONFIG, _WEIGHTS = "errata.json", "adapter_config.json", "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LowRank:
+    """ΔW = b @ a, in float32, for a down-projection that maps m to d."""
+
+    a: Float[Tensor, "rank m"]
+    b: Float[Tensor, "d rank"]
+
+    @property
+    def rank(self) -> int:
+        """The number of rows of `a`."""
+        return self.a.shape[0]
+
+    def dense(self) -> Float[Tensor, "d m"]:
+        """ΔW itself, in float64."""
+        return self.b.double() @ self.a.double()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """The low-rank ΔW of one edit, or of several added up, by layer index.
+
+    `modules` names each layer's down-projection by its full path, as adapters do.
+    """
+
+    base_sha256: str
+    layers: Mapping[int, LowRank] = field(repr=False)
+    modules: Mapping[int, str]
+
+    @property
+    def sha256(self) -> str:
+        """SHA-256 over the base's hash and every factor."""
+        return hash_tensors([(f"{self.base_sha256}.{k}", t) for k, t in self._tensors().items()])
+
+    @property
+    def ranks(self) -> dict[int, int]:
+        """The rank at each layer."""
+        return {i: low.rank for i, low in self.layers.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all factors."""
+        return sum(t.numel() * t.element_size() for t in self._tensors().values())
+
+    def norm(self) -> float:
+        """The Frobenius norm of ΔW over all layers."""
+        return sum(float(low.dense().square().sum()) for low in self.layers.values()) ** 0.5
+
+    def __add__(self, other: "Delta") -> "Delta":
+        """The sum, as factors side by side; raises WrongBaseError for deltas of two bases."""
+        if other.base_sha256 != self.base_sha256:
+            raise WrongBaseError(
+                f"deltas of two bases cannot be added: {self.base_sha256[:12]}… and {other.base_sha256[:12]}…"
+            )
+        layers = dict(self.layers)
+        for i, low in other.layers.items():
+            if mine := layers.get(i):
+                low = LowRank(a=torch.cat([mine.a, low.a]), b=torch.cat([mine.b, low.b], dim=1))
+            layers[i] = low
+        return Delta(
+            base_sha256=self.base_sha256,
+            layers=dict(sorted(layers.items())),
+            modules={**self.modules, **other.modules},
+        )
+
+    def __mul__(self, weight: float) -> "Delta":
+        """The delta with every ΔW scaled."""
+        layers = {i: LowRank(a=low.a, b=low.b * weight) for i, low in self.layers.items()}
+        return Delta(base_sha256=self.base_sha256, layers=layers, modules=self.modules)
+
+    def __sub__(self, other: "Delta") -> "Delta":
+        """The delta without another that was added to it."""
+        return self + other * -1.0
+
+    def compressed(self, tolerance: float = 1e-7) -> "Delta":
+        """The same ΔW at its smallest rank, by QR of both factors and SVD of the small core between them.
+
+        Singular values up to `tolerance` times the largest are dropped: rounding noise, at the default. A layer
+        that comes to nothing is dropped.
+        """
+        layers = {}
+        for i, low in self.layers.items():
+            q_b, r_b = torch.linalg.qr(low.b.double())
+            q_a, r_a = torch.linalg.qr(low.a.double().T)
+            u, s, vh = torch.linalg.svd(r_b @ r_a.T)
+            # Against the factors' own size, so that a sum that cancels comes to nothing.
+            scale = max(float(s[0]), float(low.b.double().norm() * low.a.double().norm()))
+            kept = int((s > tolerance * scale).sum())
+            if kept:
+                root = s[:kept].sqrt()
+                layers[i] = LowRank(
+                    a=(root[:, None] * (vh[:kept] @ q_a.T)).float(), b=((q_b @ u[:, :kept]) * root).float()
+                )
+        return Delta(
+            base_sha256=self.base_sha256, layers=layers, modules={i: m for i, m in self.modules.items() if i in layers}
+        )
+
+    def save(self, folder: Path) -> None:
+        """Writes a PEFT adapter folder: safetensors, alpha equal to the rank, full module paths.
+
+        `peft.PeftModel.from_pretrained(base, folder)` reads it without Errata; `errata.json` beside it binds it to
+        its base.
+        """
+        if not self.layers:
+            raise DeltaError("an empty delta has nothing to store; it is its base")
+        folder.mkdir(parents=True, exist_ok=True)
+        top = max(self.ranks.values())
+        by_module = {self.modules[i]: r for i, r in self.ranks.items() if r != top}
+        config = LoraConfig(
+            r=top,
+            lora_alpha=top,
+            target_modules=[self.modules[i] for i in self.layers],
+            rank_pattern=by_module,
+            alpha_pattern=by_module,
+            fan_in_fan_out=any(self.modules[i].endswith("c_proj") for i in self.layers),
+            task_type="CAUSAL_LM",
+            inference_mode=True,
+        )
+        config.save_pretrained(str(folder))
+        save_file(self._tensors(), folder / _WEIGHTS, {"format": "pt"})
+        manifest = {
+            "format": 1,
+            "base_sha256": self.base_sha256,
+            "delta_sha256": self.sha256,
+            "layers": {str(i): m for i, m in self.modules.items()},
+        }
+        (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = {}
+        for i, low in self.layers.items():
+            name = f"{_PREFIX}{self.modules[i]}"
+            tensors |= {f"{name}.lora_A.weight": low.a.contiguous(), f"{name}.lora_B.weight": low.b.contiguous()}
+        return tensors
+
+
+def empty_delta(model: EditableModel) -> Delta:
+    """The delta of the base itself."""
+    return Delta(base_sha256=model.base_sha256, layers={}, modules={})
+
+
+def load_delta(folder: Path, model: EditableModel | None = None) -> Delta:
+    """Reads an adapter folder that `Delta.save` wrote.
+
+    Raises CorruptDeltaError for a folder that is incomplete, unreadable or altered, and WrongBaseError where
+    `model` is not the base that it was made for.
+    """
+    try:
+        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        tensors = load_file(folder / _WEIGHTS)
+        modules = {int(i): str(m) for i, m in manifest["layers"].items()}
+        layers = {
+            i: LowRank(a=tensors[f"{_PREFIX}{m}.lora_A.weight"], b=tensors[f"{_PREFIX}{m}.lora_B.weight"])
+            for i, m in modules.items()
+        }
+        delta = Delta(base_sha256=str(manifest["base_sha256"]), layers=layers, modules=modules)
+        stored = manifest["delta_sha256"]
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, SafetensorError) as error:
+        raise CorruptDeltaError(f"{folder} is no readable adapter of Errata: {error}; save it again") from error
+    if delta.sha256 != stored:
+        raise CorruptDeltaError(f"{folder} was altered after it was saved: its hash no longer matches {_MANIFEST}")
+    if model is not None:
+        check_base(delta, model)
+    return delta
+
+
+def check_base(delta: Delta, model: EditableModel) -> None:
+    """Raises WrongBaseError unless the delta was made for this model's base."""
+    if delta.base_sha256 != model.base_sha256:
+        raise WrongBaseError(
+            f"the delta was made for the base {delta.base_sha256[:12]}…, not for {model.name!r} "
+            f"({model.base_sha256[:12]}…); load the base it was made for"
+        )
+
+
+@contextmanager
+def applied(model: EditableModel, *deltas: Delta) -> Iterator[EditableModel]:
+    """While open, the model answers as edited: each down-projection adds b(a·x), in float32, to its output.
+
+    No weight is touched, so there is nothing to undo and no rounding in a narrow dtype. Contexts nest: deltas add.
+    """
+    for delta in deltas:
+        check_base(delta, model)
+    with ExitStack() as stack:
+        for i, lows in _by_layer(deltas).items():
+            a = torch.cat([low.a for low in lows]).to(model.device)
+            b = torch.cat([low.b for low in lows], dim=1).to(model.device)
+            handle = model.down_projection(i).register_forward_hook(_adding(a, b))
+            stack.callback(handle.remove)
+        yield model
+
+
+def _adding(a: Tensor, b: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        change = (args[0].to(a.dtype) @ a.T) @ b.T
+        return (output.to(a.dtype) + change).to(output.dtype)
+
+    return hook
+
+
+@contextmanager
+def merged(model: EditableModel, *deltas: Delta) -> Iterator[EditableModel]:
+    """While open, the weights themselves are W + ΔW, rounded to the model's dtype: what an export would hold.
+
+    The old weights are copied back on the way out, bit for bit.
+    """
+    for delta in deltas:
+        check_base(delta, model)
+    changes = _by_layer(deltas)
+    with borrowed_weights([weight_of(model, i) for i in changes]), torch.no_grad():
+        for i, lows in changes.items():
+            weight = weight_of(model, i)
+            change = torch.stack([low.dense() for low in lows]).sum(0).to(weight.device)
+            change = change.T if isinstance(model.down_projection(i), Conv1D) else change
+            weight.copy_((weight.double() + change).to(weight.dtype))
+        yield model
+
+
+def weight_of(model: EditableModel, layer: int) -> nn.Parameter:
+    """The down-projection's weight: d × m, or m × d where the family stores it transposed."""
+    weight = model.down_projection(layer).weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
+
+
+@contextmanager
+def borrowed_weights(weights: Iterable[Tensor]) -> Iterator[None]:
+    """While open, the weights may be changed in place; on the way out they are what they were, bit for bit."""
+    kept = [(w, w.detach().clone()) for w in weights]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, old in kept:
+                weight.copy_(old)
+
+
+def _by_layer(deltas: Iterable[Delta]) -> dict[int, list[LowRank]]:
+    found: dict[int, list[LowRank]] = {}
+    for delta in deltas:
+        for i, low in delta.layers.items():
+            found.setdefault(i, []).append(low)
+    return found

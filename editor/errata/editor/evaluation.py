@@ -1,0 +1,246 @@
+"""What an edit did: probes asked of the untouched parent and of the edited child (metrics: methods of ROME, MEMIT, …).
+
+Judged by what the model really generates, greedily and stopping by itself; teacher-forced accuracy stands beside it,
+because it is what the literature mostly reports and it flatters (Yang et al. 2025).
+"""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+import torch
+
+from errata.editor.model import EditableModel, Encoded, by_length
+from errata.editor.prompts import Prompt
+
+
+class Metric(StrEnum):
+    """What a probe measures."""
+
+    EFFICACY = "efficacy"
+    IMAGE_GENERALIZATION = "image generalization"
+    PHRASING_GENERALIZATION = "phrasing generalization"
+    OTHER_SUBJECTS = "specificity: other subjects"
+    SAME_IMAGE = "specificity: same image, other questions"
+    UNRELATED = "specificity: unrelated prompts"
+    PORTABILITY = "portability"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """One question. `expected` is the right answer after the edit; None: whatever the parent answers."""
+
+    metric: Metric
+    prompt: Prompt
+    expected: str | None = None
+    request: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeResult:
+    """A probe with its answers before and after, by generation, and what teacher forcing makes of it.
+
+    `forced` is the share of the expected answer's tokens that are most likely, each after the right ones before it.
+    """
+
+    probe: Probe = field(repr=False)
+    before: str
+    after: str
+    expected: str
+    forced_before: float
+    forced: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether the child generates the expected answer."""
+        return same_answer(self.after, self.expected)
+
+    @property
+    def passed_before(self) -> bool:
+        """Whether the parent did."""
+        return same_answer(self.before, self.expected)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """A metric over n probes: shares between 0 and 1, by generation and by teacher forcing."""
+
+    metric: Metric
+    n: int
+    before: float
+    after: float
+    forced: float
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % Wilson interval of `after`."""
+        z, p, n = 1.96, self.after, self.n
+        middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """Every probe's result, and what was measured on the reference prompts.
+
+    `drift` is the mean KL(parent ‖ child) of the next token on reference prompts, in nats. `fluency_before` and
+    `fluency` are the weighted 2- and 3-gram entropies of freely generated text, in bits (Meng et al. 2022, §3.3).
+    """
+
+    results: tuple[ProbeResult, ...]
+    drift: float
+    fluency_before: float
+    fluency: float
+
+    @property
+    def scores(self) -> tuple[Score, ...]:
+        """One score for every metric that was probed."""
+        found = []
+        for metric in Metric:
+            rows = [r for r in self.results if r.probe.metric is metric]
+            if rows:
+                found.append(
+                    Score(
+                        metric=metric,
+                        n=len(rows),
+                        before=float(np.mean([r.passed_before for r in rows])),
+                        after=float(np.mean([r.passed for r in rows])),
+                        forced=float(np.mean([r.forced for r in rows])),
+                    )
+                )
+        return tuple(found)
+
+    def score(self, metric: Metric) -> Score:
+        """The score of one metric."""
+        return next(s for s in self.scores if s.metric is metric)
+
+    @property
+    def harmonic_mean(self) -> float:
+        """Of all scores by generation: 0 as soon as one of them is."""
+        shares = [s.after for s in self.scores]
+        return len(shares) / sum(1 / s for s in shares) if shares and all(shares) else 0.0
+
+    def to_json(self) -> dict[str, object]:
+        """The evaluation as plain values, pictures left out."""
+        return {
+            "harmonic_mean": self.harmonic_mean,
+            "drift_nats": self.drift,
+            "fluency_bits": {"before": self.fluency_before, "after": self.fluency},
+            "scores": [
+                {
+                    "metric": s.metric.value,
+                    "n": s.n,
+                    "before": s.before,
+                    "after": s.after,
+                    "interval95": list(s.interval),
+                    "teacher_forced": s.forced,
+                }
+                for s in self.scores
+            ],
+            "probes": [
+                {
+                    "metric": r.probe.metric.value,
+                    "request": r.probe.request,
+                    "prompt": r.probe.prompt.text,
+                    "images": len(r.probe.prompt.images),
+                    "expected": r.expected,
+                    "before": r.before,
+                    "after": r.after,
+                    "passed": r.passed,
+                    "teacher_forced": r.forced,
+                }
+                for r in self.results
+            ],
+        }
+
+
+def same_answer(a: str, b: str) -> bool:
+    """Whether two answers are the same but for case, outer spaces and a closing full stop."""
+
+    def plain(text: str) -> str:
+        return text.strip().rstrip(".").casefold()
+
+    return plain(a) == plain(b)
+
+
+def evaluate(
+    model: EditableModel,
+    probes: Sequence[Probe],
+    child: AbstractContextManager[object],
+    *,
+    reference: Sequence[Prompt] = (),
+    max_new_tokens: int = 16,
+) -> Evaluation:
+    """Asks every probe before and while `child` is open, which makes `model` answer as edited.
+
+    Answers before come from the model as it is given, the parent. `reference` are prompts for drift and fluency.
+    """
+    prompts = [p.prompt for p in probes]
+    before = model.generate(prompts, max_new_tokens=max_new_tokens)
+    expected = [p.expected if p.expected is not None else b.text for p, b in zip(probes, before, strict=True)]
+    rows = [model.encode(p, e) if e else None for p, e in zip(prompts, expected, strict=True)]
+    forced_before = _teacher_forced(model, rows)
+    distributions, text_before = _next_token(model, reference), _free_text(model, reference)
+    with child:
+        after = model.generate(prompts, max_new_tokens=max_new_tokens)
+        forced = _teacher_forced(model, rows)
+        drifted, text = _next_token(model, reference), _free_text(model, reference)
+    results = tuple(
+        ProbeResult(probe=p, before=b.text, after=a.text, expected=e, forced_before=fb, forced=f)
+        for p, b, a, e, fb, f in zip(probes, before, after, expected, forced_before, forced, strict=True)
+    )
+    return Evaluation(
+        results=results,
+        drift=_mean_kl(distributions, drifted),
+        fluency_before=_entropy(text_before),
+        fluency=_entropy(text),
+    )
+
+
+def _teacher_forced(model: EditableModel, rows: Sequence[Encoded | None]) -> list[float]:
+    """The share of each answer's tokens that are the most likely ones after the right prefix; NaN without one."""
+    scored = [(i, r) for i, r in enumerate(rows) if r is not None]
+    shares = [math.nan] * len(rows)
+    for batch in by_length([r for _, r in scored], 64):
+        chosen = [scored[i] for i in batch]
+        with torch.inference_mode():
+            guesses = model.model(**model.inputs([r for _, r in chosen]), use_cache=False).logits.argmax(-1).cpu()
+        for (i, row), guess in zip(chosen, guesses, strict=True):
+            shares[i] = float((guess[row.prompt_length - 1 : -1] == row.answer).float().mean())
+    return shares
+
+
+def _next_token(model: EditableModel, prompts: Sequence[Prompt]) -> list[torch.Tensor]:
+    encoded = [model.encode(p) for p in prompts]
+    found: dict[int, torch.Tensor] = {}
+    for batch in by_length(encoded, 64):
+        with torch.inference_mode():
+            logits = model.model(**model.inputs([encoded[i] for i in batch]), use_cache=False, logits_to_keep=1).logits
+        found |= dict(zip(batch, logits[:, -1].double().log_softmax(-1).cpu(), strict=True))
+    return [found[i] for i in range(len(prompts))]
+
+
+def _mean_kl(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> float:
+    pairs = zip(before, after, strict=True)
+    return float(np.mean([float((b.exp() * (b - a)).sum()) for b, a in pairs])) if before else 0.0
+
+
+def _free_text(model: EditableModel, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
+    return [a.tokens for a in model.generate(prompts, max_new_tokens=32)]
+
+
+def _entropy(texts: Sequence[Sequence[int]]) -> float:
+    """Weighted 2- and 3-gram entropy of all texts together, in bits, weights 2/3 and 4/3 (Meng et al. 2022)."""
+
+    def bits(n: int) -> float:
+        grams: Mapping[tuple[int, ...], int] = Counter(
+            tuple(t[i : i + n]) for t in texts for i in range(len(t) - n + 1)
+        )
+        total = sum(grams.values())
+        return -sum(c / total * math.log2(c / total) for c in grams.values()) if total else 0.0
+
+    return (2 * bits(2) + 4 * bits(3)) / 3 / 2

@@ -1,0 +1,243 @@
+"""Closed-form editing: keys, values, solve, layer by layer (module `solver` gives the family's equation).
+
+One path serves every method; a method is a key metric, a ridge, and whether requests are solved together.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from errata.editor.delta import Delta, LowRank, applied, empty_delta
+from errata.editor.errors import ConflictingRequestsError, InvalidInputError, NoOpEditError
+from errata.editor.evaluation import same_answer
+from errata.editor.model import EditableModel
+from errata.editor.requests import EditRequest, check_batch
+from errata.editor.solver import Identity, InverseCovariance, KeyMetric, NullSpace, solve_edit
+from errata.editor.states import Component, Recording, record
+from errata.editor.statistics import KeyStatistics
+from errata.editor.trace import Progress
+from errata.editor.values import Value, ValueSettings, optimise_values
+
+
+class Method(StrEnum):
+    """The closed-form editors (module `solver`)."""
+
+    MULTEDIT = "multedit"
+    ROME = "rome"
+    MEMIT = "memit"
+    EMMET = "emmet"
+    ALPHAEDIT = "alphaedit"
+
+
+class Keys(StrEnum):
+    """How the keys of a request's contexts enter: as their mean, one column, or each as a column of its own."""
+
+    MEAN = "mean"
+    EACH = "each"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EditSettings:
+    """How a batch is edited.
+
+    `layers` in rising order: values are optimised at the last and the residual is spread over all of them (MEMIT
+    §4.3). `ridge` is λ relative to the mean of KᵀMK's diagonal, so that it means the same for keys of any size;
+    None takes the method's own. `preservation` weighs C₀ against the edit (MEMIT's λ), in keys.
+    """
+
+    layers: tuple[int, ...]
+    method: Method = Method.MEMIT
+    keys: Keys = Keys.EACH
+    values: ValueSettings = field(default_factory=ValueSettings)
+    ridge: float | None = None
+    preservation: float = 1.0
+    null_energy: float = 0.02
+
+
+RIDGES = {Method.MULTEDIT: 0.01, Method.ROME: 0.0, Method.MEMIT: 0.0, Method.EMMET: 0.0, Method.ALPHAEDIT: 0.01}
+"""λ of each method where the settings give none. MEMIT's own λ = 1 is absolute and always there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestOutcome:
+    """How one request's value went, at the layer where it was optimised."""
+
+    name: str
+    target: str
+    before: str
+    value: Value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EditResult:
+    """The delta of a batch and how it came about."""
+
+    delta: Delta
+    settings: EditSettings
+    outcomes: tuple[RequestOutcome, ...]
+
+    @property
+    def unconverged(self) -> tuple[str, ...]:
+        """Names of the requests whose value did not reach the target loss."""
+        return tuple(o.name for o in self.outcomes if not o.value.converged)
+
+
+def edit(
+    model: EditableModel,
+    requests: Sequence[EditRequest],
+    settings: EditSettings,
+    statistics: KeyStatistics | None = None,
+    *,
+    parent: Delta | None = None,
+    progress: Progress | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> EditResult:
+    """Edits a batch of requests into a delta on `parent`, the base where None. The model is left as it was.
+
+    Every method but MultEdit needs `statistics` of the layers. Raises InvalidInputError and its kinds for requests
+    that cannot be edited, NoOpEditError for one whose target is the present answer, ConflictingRequestsError for
+    two with one key and different targets, IllConditionedError, CancelledError.
+    """
+    check_batch(tuple(requests))
+    _check_settings(model, settings, statistics)
+    with applied(model, parent) if parent else nullcontext():
+        before = [a.text for a in model.generate([r.contexts[0].prompt for r in requests])]
+        for i, (request, answer) in enumerate(zip(requests, before, strict=True)):
+            if same_answer(request.target, answer):
+                raise NoOpEditError(
+                    f"the model already answers {answer!r} to {request.contexts[0].prompt.text!r}; drop the request",
+                    field=f"requests[{i}].target",
+                )
+        _refuse_conflicts(model, requests, settings.layers[-1])
+        values = optimise_values(
+            model, requests, settings.layers[-1], settings.values, progress=progress, cancelled=cancelled
+        )
+        delta = empty_delta(model)
+        if settings.method is Method.ROME:
+            # ROME solves one request at a time; the next one sees the edits before it.
+            for request, value in zip(requests, values, strict=True):
+                delta = delta + _spread(model, [request], [value], settings, statistics, delta)
+        else:
+            delta = _spread(model, requests, values, settings, statistics, delta)
+    outcomes = tuple(
+        RequestOutcome(name=r.name, target=r.target, before=b, value=v)
+        for r, b, v in zip(requests, before, values, strict=True)
+    )
+    return EditResult(delta=delta, settings=settings, outcomes=outcomes)
+
+
+def _check_settings(model: EditableModel, settings: EditSettings, statistics: KeyStatistics | None) -> None:
+    model.check_layers(settings.layers)
+    if not settings.layers or list(settings.layers) != sorted(set(settings.layers)):
+        raise InvalidInputError(f"layers {settings.layers} must be given once each, in rising order", field="layers")
+    missing = set(settings.layers) - set(statistics.covariances if statistics else ())
+    if missing and settings.method is not Method.MULTEDIT:
+        raise InvalidInputError(
+            f"{settings.method.value} needs key statistics of the layers {sorted(missing)}; compute them with "
+            "key_statistics(model, prompts, layers)",
+            field="statistics",
+        )
+
+
+def _spread(
+    model: EditableModel,
+    requests: Sequence[EditRequest],
+    values: Sequence[Value],
+    settings: EditSettings,
+    statistics: KeyStatistics | None,
+    earlier: Delta,
+) -> Delta:
+    """ΔW of every layer for these requests, on top of `earlier`.
+
+    Later layers see the edits below them, so keys, and what is left to install, are computed again before each
+    (MEMIT §4.3).
+    """
+    delta = empty_delta(model)
+    last = settings.layers[-1]
+    with applied(model, earlier):
+        wanted = _wanted(_at_constraints(model, requests, last), values, last)
+    for n, layer in enumerate(settings.layers):
+        with applied(model, earlier, delta):
+            found = _at_constraints(model, requests, layer)
+            now = found if layer == last else _at_constraints(model, requests, last)
+        share = 1 / (len(settings.layers) - n)
+        keys = [torch.stack([r.keys[layer][0] for r in rs], dim=1).double() for rs in found]
+        residuals = [
+            share * torch.stack([w - _output(r, last) for w, r in zip(ws, rs, strict=True)], dim=1)
+            for ws, rs in zip(wanted, now, strict=True)
+        ]
+        if settings.keys is Keys.MEAN or settings.method is Method.ROME:
+            keys = [k.mean(1, keepdim=True) for k in keys]
+            residuals = [r.mean(1, keepdim=True) for r in residuals]
+        low = _solve(torch.cat(keys, 1), torch.cat(residuals, 1), settings, statistics, layer)
+        one = Delta(base_sha256=model.base_sha256, layers={layer: low}, modules={layer: model.down_projection_name(layer)})
+        delta = delta + one
+    return delta.compressed()
+
+
+def _at_constraints(model: EditableModel, requests: Sequence[EditRequest], layer: int) -> list[list[Recording]]:
+    """The states of every context of every request from its constraint's last token on."""
+    contexts = [c for r in requests for c in r.contexts]
+    rows = [model.encode(c.prompt) for c in contexts]
+    sites = [e.positions(*c.constraint.span(c.prompt.text))[-1] for e, c in zip(rows, contexts, strict=True)]
+    found = iter(record(model, rows, sites, components=(Component.LAYER,), key_layers=(layer,)))
+    return [[next(found) for _ in r.contexts] for r in requests]
+
+
+def _output(recording: Recording, layer: int) -> Float[Tensor, " d"]:
+    return recording.outputs[Component.LAYER][layer, 0].double()
+
+
+def _wanted(recordings: Sequence[Sequence[Recording]], values: Sequence[Value], layer: int) -> list[list[Tensor]]:
+    """What each context's residual stream should be after the last edited layer."""
+    return [[_output(r, layer) + v.delta.double() for r in rs] for rs, v in zip(recordings, values, strict=True)]
+
+
+def _solve(
+    keys: Float[Tensor, "m n"],
+    residuals: Float[Tensor, "d n"],
+    settings: EditSettings,
+    statistics: KeyStatistics | None,
+    layer: int,
+) -> LowRank:
+    metric, absolute = _metric(settings, statistics, layer)
+    scale = float((keys * metric.times(keys)).sum(0).mean())
+    relative = RIDGES[settings.method] if settings.ridge is None else settings.ridge
+    return solve_edit(keys.cpu(), residuals.cpu(), metric, absolute + relative * scale)
+
+
+def _metric(settings: EditSettings, statistics: KeyStatistics | None, layer: int) -> tuple[KeyMetric, float]:
+    """The method's key metric and the part of its ridge that is absolute."""
+    if settings.method is Method.MULTEDIT or statistics is None:
+        return Identity(), 0.0
+    covariance = statistics.covariances[layer]
+    match settings.method:
+        case Method.MEMIT:
+            return InverseCovariance(covariance, weight=settings.preservation), 1.0
+        case Method.ALPHAEDIT:
+            return NullSpace(covariance, energy=settings.null_energy), 0.0
+        case _:
+            return InverseCovariance(covariance), 0.0
+
+
+def _refuse_conflicts(model: EditableModel, requests: Sequence[EditRequest], layer: int) -> None:
+    """Raises ConflictingRequestsError where two requests with different targets have the same key."""
+    found = _at_constraints(model, requests, layer)
+    keys = torch.stack([r.keys[layer][0].double() for rs in found for r in rs])
+    owner = [i for i, rs in enumerate(found) for _ in rs]
+    norms = keys.norm(dim=1).clamp(min=1e-30)
+    distance = torch.cdist(keys, keys) / torch.maximum(norms[:, None], norms[None])
+    for a, b in (distance < 1e-4).nonzero().tolist():
+        first, second = owner[a], owner[b]
+        if first < second and not same_answer(requests[first].target, requests[second].target):
+            raise ConflictingRequestsError(
+                f"{requests[first].name!r} and {requests[second].name!r} have the same key at layer {layer} and "
+                f"different targets, {requests[first].target!r} and {requests[second].target!r}; a layer cannot tell "
+                "them apart: edit them as two phrasings with the attribute before the constraint, or keep one",
+                field=f"requests[{second}].target",
+            )

@@ -1,0 +1,297 @@
+"""A loaded model with its processor and family: the one object that the algorithms take.
+
+Turns prompts into token ids, finds the constraint's tokens, and answers. Knows nothing about traces or edits.
+"""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+
+from errata.editor.errors import LayerError, PromptError, TargetError
+from errata.editor.families import ModelFamily
+from errata.editor.prompts import Constraint, Prompt
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded:
+    """A prompt, and the answer after it if there is one, as one row of tokens.
+
+    `spans[t]` are the characters of token t in the prompt's own text; None for tokens of the template, the image
+    and the answer. `vision` holds what the tower takes (`pixel_values` and its like), batch first.
+    """
+
+    ids: Int[Tensor, " tokens"]
+    prompt_length: int
+    spans: tuple[tuple[int, int] | None, ...] = field(repr=False)
+    images: tuple[range, ...]
+    vision: dict[str, Tensor] = field(repr=False)
+
+    @property
+    def answer(self) -> Int[Tensor, " answer_tokens"]:
+        """The ids of the answer; empty where the row is a prompt alone."""
+        return self.ids[self.prompt_length :]
+
+    def positions(self, start: int, end: int) -> range:
+        """The tokens that carry the characters start … end of the prompt's text."""
+        tokens = [t for t, s in enumerate(self.spans) if s is not None and s[0] < end and s[1] > start]
+        return range(tokens[0], tokens[-1] + 1)
+
+    def replaced(self, ids: Tensor) -> "Encoded":
+        """The same row with other token ids of the same length."""
+        return Encoded(
+            ids=ids, prompt_length=self.prompt_length, spans=self.spans, images=self.images, vision=self.vision
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """What a model generated greedily, stopping by itself, for one prompt."""
+
+    text: str
+    tokens: tuple[int, ...]
+    finished: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EditableModel:
+    """A model of a known family with its processor, bound to its checkpoint by hash."""
+
+    name: str
+    model: PreTrainedModel
+    processor: ProcessorMixin | PreTrainedTokenizerBase
+    family: ModelFamily
+    base_sha256: str
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, alone or inside the processor."""
+        return getattr(self.processor, "tokenizer", self.processor)
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """The decoder's layers."""
+        return self.family.layers(self.model)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model's inputs must be."""
+        return self.model.device
+
+    @property
+    def image_token_id(self) -> int | None:
+        """The id of an image token; None for a text-only model."""
+        return self.family.image_token_id(self.model)
+
+    def down_projection(self, layer: int) -> nn.Module:
+        """The MLP down-projection of a layer. Raises LayerError where there is no such layer."""
+        self.check_layers((layer,))
+        return self.family.down_projection(self.layers[layer])
+
+    def down_projection_name(self, layer: int) -> str:
+        """Its full module path, as adapters name it."""
+        wanted = self.down_projection(layer)
+        return next(name for name, module in self.model.named_modules() if module is wanted)
+
+    def check_layers(self, layers: Sequence[int], field: str = "layers") -> None:
+        """Raises LayerError unless every layer exists."""
+        for layer in layers:
+            if not 0 <= layer < len(self.layers):
+                raise LayerError(
+                    f"{self.name!r} has no layer {layer}; its {len(self.layers)} layers are counted from 0", field=field
+                )
+
+    def encode(self, prompt: Prompt, answer: str | None = None) -> Encoded:
+        """The prompt as the model is given it, with `answer` after it where one is given.
+
+        Chat models: the template is put around the text, and an answer ends with the end-of-sequence token.
+        Raises PromptError for images a model cannot take and TargetError for an answer without tokens.
+        """
+        text, low = self._rendered(prompt)
+        special = not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))
+        vision: dict[str, Tensor] = {}
+        if prompt.images:
+            vision = dict(self.processor(text=[text], images=list(prompt.images), return_tensors="pt"))
+            expected = vision.pop("input_ids")[0]
+            vision.pop("attention_mask", None)
+            text = self._expanded(text, expected, len(prompt.images))
+        tokens = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
+        ids = torch.tensor(tokens["input_ids"])
+        if prompt.images and not torch.equal(ids, expected):
+            raise PromptError(
+                "the processor's tokens do not agree with the tokenizer's after image expansion; this processor "
+                "needs a model family of its own",
+                field="prompt.images",
+            )
+        spans = self._spans(prompt.text, text, low, tokens["offset_mapping"])
+        ending = self._answer_ids(text, answer, special, prompt.chat) if answer is not None else ids[:0]
+        return Encoded(
+            ids=torch.cat([ids, ending]),
+            prompt_length=len(ids),
+            spans=(*spans, *(None for _ in ending)),
+            images=self._image_runs(ids),
+            vision=vision,
+        )
+
+    def constraint_positions(self, prompt: Prompt, constraint: Constraint) -> range:
+        """The token positions of the constraint, after image expansion."""
+        start, end = constraint.span(prompt.text)
+        return self.encode(prompt).positions(start, end)
+
+    def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int = 16, batch_size: int = 64) -> list[Answer]:
+        """Greedy answers, each stopping by itself at the end-of-sequence token or at `max_new_tokens`.
+
+        Prompts of one length share a batch, so that no row is padded and none depends on its neighbours.
+        """
+        encoded = [self.encode(p) for p in prompts]
+        answers: list[Answer | None] = [None] * len(prompts)
+        for rows in by_length(encoded, batch_size):
+            batch = [encoded[i] for i in rows]
+            for i, answer in zip(rows, self._generate(batch, max_new_tokens), strict=True):
+                answers[i] = answer
+        return [a for a in answers if a is not None]
+
+    def _generate(self, batch: Sequence[Encoded], max_new_tokens: int) -> list[Answer]:
+        inputs = self.inputs(batch)
+        length = inputs["input_ids"].shape[1]
+        with torch.inference_mode():
+            out = self.model.generate(
+                **inputs,
+                attention_mask=torch.ones_like(inputs["input_ids"]),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=self.end_token_id,
+            )
+        return [self._answer(row) for row in out[:, length:].tolist()]
+
+    def _answer(self, tokens: list[int]) -> Answer:
+        ended = self.end_token_id in tokens
+        kept = tokens[: tokens.index(self.end_token_id)] if ended else tokens
+        text = self.tokenizer.decode(kept, skip_special_tokens=True).strip()
+        return Answer(text=text, tokens=tuple(kept), finished=ended)
+
+    @property
+    def end_token_id(self) -> int:
+        """The token that ends an answer."""
+        end = self.tokenizer.eos_token_id
+        if end is None:
+            configured = self.model.generation_config.eos_token_id
+            end = configured[0] if isinstance(configured, list) else configured
+        return -1 if end is None else int(end)
+
+    def inputs(self, batch: Sequence[Encoded]) -> dict[str, Tensor]:
+        """What the model's forward takes for rows of one length."""
+        vision = {k: torch.cat([e.vision[k] for e in batch if e.vision]) for k in batch[0].vision}
+        ids = torch.stack([e.ids for e in batch])
+        cast = {k: v.to(self.model.dtype) if v.is_floating_point() else v for k, v in vision.items()}
+        return {k: v.to(self.device) for k, v in {"input_ids": ids, **cast}.items()}
+
+    def _rendered(self, prompt: Prompt) -> tuple[str, int]:
+        """The prompt in its template with one placeholder an image, and where its own text starts."""
+        placeholder = self._placeholder(prompt)
+        inline = placeholder is not None and placeholder in prompt.text
+        if inline and prompt.text.count(placeholder or "") != len(prompt.images):
+            raise PromptError(
+                f"the text holds {prompt.text.count(placeholder or '')} image placeholders for "
+                f"{len(prompt.images)} image(s); give one each",
+                field="prompt.images",
+            )
+        if prompt.chat and getattr(self.processor, "chat_template", None):
+            content: str | list[dict[str, str]] = prompt.text
+            if placeholder is not None or self.image_token_id is not None:
+                shown = [] if inline else [{"type": "image"}] * len(prompt.images)
+                content = [*shown, {"type": "text", "text": prompt.text}]
+            conversation = [{"role": "user", "content": content}]
+            text = self.processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        else:
+            text = ("" if inline else (placeholder or "") * len(prompt.images)) + prompt.text
+        low = text.rfind(prompt.text)
+        if low < 0:
+            raise PromptError(
+                f"the chat template changes the text {prompt.text!r} (it may strip spaces); give it as it will stand",
+                field="prompt.text",
+            )
+        return text, low
+
+    def _placeholder(self, prompt: Prompt) -> str | None:
+        if self.image_token_id is None:
+            if prompt.images:
+                raise PromptError(f"{self.name!r} is a text-only model; drop the image", field="prompt.images")
+            return None
+        return str(self.tokenizer.convert_ids_to_tokens(self.image_token_id))
+
+    def _expanded(self, text: str, ids: Tensor, images: int) -> str:
+        """The text with each placeholder repeated as often as the image has tokens."""
+        placeholder = str(self.tokenizer.convert_ids_to_tokens(self.image_token_id))
+        total = int((ids == self.image_token_id).sum())
+        if text.count(placeholder) != images or total % images:
+            raise PromptError(
+                f"{images} image(s) for {text.count(placeholder)} placeholder(s) in {text!r}", field="prompt.images"
+            )
+        return text.replace(placeholder, placeholder * (total // images))
+
+    def _spans(
+        self, own: str, text: str, low: int, offsets: Sequence[tuple[int, int]]
+    ) -> list[tuple[int, int] | None]:
+        """For each token the characters of the prompt's own text it carries, None where it carries none.
+
+        Expansion only repeats placeholders, so the text between them keeps its order: characters are matched
+        piece by piece, from one placeholder to the next.
+        """
+        placeholder = str(self.tokenizer.convert_ids_to_tokens(self.image_token_id)) if self.image_token_id else None
+        pieces = own.split(placeholder) if placeholder else [own]
+        where: dict[int, int] = {}
+        at = text.rfind(pieces[-1]) if len(pieces) > 1 else text.rfind(own)
+        end_own = len(own)
+        for piece in reversed(pieces):
+            start_own = end_own - len(piece)
+            start = text.rfind(piece, 0, at + len(piece))
+            where |= {start + i: start_own + i for i in range(len(piece))}
+            end_own = start_own - len(placeholder or "")
+            at = start - len(placeholder or "")
+        spans: list[tuple[int, int] | None] = []
+        for a, b in offsets:
+            inside = [where[c] for c in range(a, b) if c in where]
+            spans.append((inside[0], inside[-1] + 1) if inside else None)
+        return spans
+
+    def _answer_ids(self, text: str, answer: str, special: bool, chat: bool) -> Tensor:
+        if not answer.strip():
+            raise TargetError("the target is empty; give the answer the model should say", field="target")
+        joined = text + ("" if text[-1].isspace() else " ") + answer.strip()
+        prompt_ids = self.tokenizer(text, add_special_tokens=special)["input_ids"]
+        ids = self.tokenizer(joined, add_special_tokens=special)["input_ids"]
+        if ids[: len(prompt_ids)] == prompt_ids:
+            ids = ids[len(prompt_ids) :]
+        else:
+            # The tokenizer merges across the border; the prompt keeps its own tokens.
+            ids = self.tokenizer(joined[len(text) :], add_special_tokens=False)["input_ids"]
+        unknown = self.tokenizer.unk_token_id
+        if not ids or (unknown is not None and unknown in ids):
+            raise TargetError(f"the target {answer!r} cannot be written in this model's tokens", field="target")
+        if chat and getattr(self.processor, "chat_template", None):
+            ids = [*ids, self.end_token_id]
+        return torch.tensor(ids)
+
+    def _image_runs(self, ids: Tensor) -> tuple[range, ...]:
+        if self.image_token_id is None:
+            return ()
+        runs: list[range] = []
+        for t in (ids == self.image_token_id).nonzero().flatten().tolist():
+            if runs and runs[-1].stop == t:
+                runs[-1] = range(runs[-1].start, t + 1)
+            else:
+                runs.append(range(t, t + 1))
+        return tuple(runs)
+
+
+def by_length(encoded: Sequence[Encoded], limit: int) -> list[list[int]]:
+    """Indices of rows that can share a batch without padding: one length, as many images, at most `limit` rows."""
+    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    for i, row in enumerate(encoded):
+        groups[len(row.ids), len(row.images)].append(i)
+    return [rows[i : i + limit] for rows in groups.values() for i in range(0, len(rows), limit)]

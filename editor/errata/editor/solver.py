@@ -1,0 +1,107 @@
+"""The closed form: one solver for the whole family, told apart by its key metric (methods of ROME, MEMIT, …).
+
+    ΔW = R (KᵀMK + λI)⁻¹ KᵀM
+
+K (m × n) holds the keys, R (d × n) the residuals V − W₀K, M (m × m, symmetric, positive semi-definite) is the key
+metric, λ the ridge:
+
+    MultEdit   M = I                        ridge towards W₀ (Basu et al. 2024, §5)
+    ROME       M = C₀⁻¹, λ = 0, n = 1       (Meng et al., NeurIPS 2022, eq. 2)
+    MEMIT      M = (w·C₀)⁻¹, λ = 1          (Meng et al., ICLR 2023, eq. 14; w weighs what is preserved)
+    EMMET      M = C₀⁻¹, λ = 0, n > 1       (Gupta et al. 2024, eq. 12)
+    AlphaEdit  M = P, λ > 0                 P projects on the null space of the keys to preserve (Fang et al. 2025)
+
+Every one is exactly low-rank: B = R (KᵀMK + λI)⁻¹ is d × n, A = KᵀM is n × m.
+Knows nothing about models, prompts or files; works in float64.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from errata.editor.delta import LowRank
+from errata.editor.errors import IllConditionedError
+
+
+class KeyMetric(ABC):
+    """M: says how alike two keys count as being."""
+
+    @abstractmethod
+    def times(self, keys: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        """MK, in float64."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity(KeyMetric):
+    """M = I."""
+
+    def times(self, keys: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        return keys.double()
+
+
+@dataclass(frozen=True, slots=True)
+class InverseCovariance(KeyMetric):
+    """M = (weight · C₀)⁻¹ with C₀ = E[kkᵀ] over reference prompts.
+
+    `jitter`, relative to C₀'s mean eigenvalue, keeps directions that the reference never uses from costing nothing.
+    """
+
+    covariance: Float[Tensor, "m m"]
+    weight: float = 1.0
+    jitter: float = 1e-4
+
+    def times(self, keys: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        c = self.covariance.double()
+        mean = c.diagonal().mean()
+        factor, info = torch.linalg.cholesky_ex(c + self.jitter * mean * torch.eye(len(c), dtype=c.dtype))
+        if info.item() or not mean > 0:
+            raise IllConditionedError(
+                "the key statistics C₀ are not positive definite: they come from too few reference prompts, or from a "
+                "model whose MLP is dead there; give more prompts or raise `jitter`"
+            )
+        return torch.cholesky_solve(keys.double(), factor) / self.weight
+
+
+@dataclass(frozen=True, slots=True)
+class NullSpace(KeyMetric):
+    """M = P, the projector on what the keys to preserve hardly use: C₀'s eigenvectors of least energy.
+
+    Directions are given up, largest first, until those left hold at most `energy` of C₀'s trace.
+    """
+
+    covariance: Float[Tensor, "m m"]
+    energy: float = 0.02
+
+    def times(self, keys: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
+        values, vectors = torch.linalg.eigh(self.covariance.double())
+        share = values.clamp(min=0).cumsum(0) / values.clamp(min=0).sum()
+        free = vectors[:, share <= self.energy]
+        return free @ (free.T @ keys.double())
+
+
+def solve_edit(
+    keys: Float[Tensor, "m n"], residuals: Float[Tensor, "d n"], metric: KeyMetric, ridge: float
+) -> LowRank:
+    """ΔW = R (KᵀMK + λI)⁻¹ KᵀM as its two factors (module docstring), solved in float64 by Cholesky.
+
+    `ridge` is λ, in the units of KᵀMK, ≥ 0; 0 installs the residuals exactly.
+    Raises IllConditionedError if KᵀMK + λI is not safely positive definite: two requests with the same key and
+    different targets, usually.
+    """
+    k, r = keys.double(), residuals.double()
+    mk = metric.times(k)
+    normal = k.T @ mk
+    normal = (normal + normal.T) / 2 + ridge * torch.eye(normal.shape[0], dtype=normal.dtype)
+    factor, info = torch.linalg.cholesky_ex(normal)
+    diagonal = factor.diagonal()
+    # The squared ratio bounds the condition number from below; beyond 1e12 float64 keeps under four digits.
+    if info.item() or not torch.isfinite(factor).all() or (diagonal.max() / diagonal.min()).square() > 1e12:
+        raise IllConditionedError(
+            f"KᵀMK + λI of {normal.shape[0]} keys is not positive definite (λ = {ridge:g}): two requests share a key, "
+            "or there are more keys than free directions; merge the requests, raise the ridge or edit fewer at once"
+        )
+    b = torch.cholesky_solve(r.T, factor).T
+    return LowRank(a=mk.T.float().contiguous(), b=b.float().contiguous())

@@ -1,0 +1,221 @@
+"""Values: what each edited MLP should put out at the constraint, so that the target becomes the answer.
+
+For each request an additive δ on the down-projection's output at the constraint's last token is optimised by
+gradient descent (Basu et al. 2024, §5; Meng et al. 2022, §3.1):
+
+    L(δ) = mean over contexts of −log p(target) + w_kl · mean over preserved prompts of KL(before ‖ after)
+           + w_decay · (‖δ‖ / ‖v₀‖)²,          ‖δ‖ ≤ clamp · ‖v₀‖
+
+with p of all the target's tokens, its end included, not of the first alone as in the reference. All requests of a
+batch descend together, from recorded states: only the layers from the edited one up are run, and only the tokens
+from the constraint's last on.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from errata.editor.errors import CancelledError
+from errata.editor.model import EditableModel, Encoded
+from errata.editor.requests import Context, EditRequest
+from errata.editor.states import Component, Recording, Suffix, record
+from errata.editor.trace import Progress
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ValueSettings:
+    """How values are optimised.
+
+    `clamp` and `decay` are relative to ‖v₀‖, the mean norm of the MLP's own output at the contexts' constraints, or
+    to the norm of the residual stream there if that is larger: an early MLP's own output can be tiny.
+    `stop_loss` ends a request whose target loss, in nats, and whose KL, in nats, are both below it; `max_rows` bounds
+    the rows run at once, and with it memory.
+    """
+
+    steps: int = 60
+    learning_rate: float = 0.5
+    clamp: float = 4.0
+    decay: float = 1e-3
+    kl_weight: float = 1.0
+    stop_loss: float = 0.02
+    max_rows: int = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Value:
+    """The optimised δ of one request, and how the descent went.
+
+    `losses` are the target losses in nats per answer, step by step; `kl` the last mean KL on the preserved prompts.
+    """
+
+    delta: Float[Tensor, " d"]
+    scale: float
+    losses: tuple[float, ...]
+    kl: float
+    converged: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """One prompt of one request with the answer that is scored after it."""
+
+    request: int
+    encoded: Encoded
+    site: int
+    preserved: bool
+
+
+def optimise_values(
+    model: EditableModel,
+    requests: Sequence[EditRequest],
+    layer: int,
+    settings: ValueSettings = ValueSettings(),
+    *,
+    progress: Progress | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> list[Value]:
+    """The δ of every request at `layer`, optimised together. The model is left as it was.
+
+    A request that does not reach `stop_loss` within `steps` is returned with `converged` False.
+    """
+    rows = _rows(model, requests)
+    recordings = record(
+        model, [r.encoded.replaced(r.encoded.ids[:-1]) for r in rows], [r.site for r in rows], components=(Component.MLP,)
+    )
+    scales = _scales(rows, recordings, layer, len(requests))
+    delta = torch.zeros(len(requests), recordings[0].inputs.shape[-1], device=model.device, requires_grad=True)
+    optimizer = torch.optim.Adam([delta], lr=settings.learning_rate)
+    batches = [_RowBatch(model, rows[i : i + n], recordings[i : i + n], layer) for n in (settings.max_rows,) for i in range(0, len(rows), n)]
+    curves: list[list[float]] = [[] for _ in requests]
+    kl = torch.zeros(len(requests))
+    best = delta.detach().clone()
+    done = torch.zeros(len(requests), dtype=torch.bool)
+    unit = scales.to(model.device)[:, None]
+    for step in range(settings.steps + 1):
+        if cancelled and cancelled():
+            raise CancelledError("the value optimisation was cancelled; nothing was changed")
+        target_loss, kl_loss = _losses(batches, delta * unit, len(requests))
+        for i, value in enumerate(target_loss.tolist()):
+            if not done[i]:
+                curves[i].append(value)
+        kl = torch.where(done, kl, kl_loss.detach().cpu())
+        newly = (target_loss < settings.stop_loss) & (kl_loss < settings.stop_loss)
+        best = torch.where(done[:, None].to(best.device), best, delta.detach())
+        done |= newly.detach().cpu()
+        if progress:
+            progress(step, settings.steps)
+        if bool(done.all()) or step == settings.steps:
+            break
+        active = (~done).to(delta.device)
+        norm = delta.norm(dim=-1)
+        loss = target_loss + settings.kl_weight * kl_loss + settings.decay * norm.square()
+        optimizer.zero_grad()
+        (loss * active).sum().backward()
+        optimizer.step()
+        with torch.no_grad():
+            delta.mul_((settings.clamp / delta.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0))
+    final = (best * unit).detach()
+    return [
+        Value(delta=final[i], scale=float(scales[i]), losses=tuple(curves[i]), kl=float(kl[i]), converged=bool(done[i]))
+        for i in range(len(requests))
+    ]
+
+
+def _rows(model: EditableModel, requests: Sequence[EditRequest]) -> list[_Row]:
+    rows = []
+    for i, request in enumerate(requests):
+        rows += [_row(model, i, c, request.target, preserved=False) for c in request.contexts]
+    kept = [(i, c) for i, r in enumerate(requests) for c in r.preserve]
+    answers = model.generate([c.prompt for _, c in kept])
+    rows += [_row(model, i, c, a.text, preserved=True) for (i, c), a in zip(kept, answers, strict=True) if a.text]
+    return rows
+
+
+def _row(model: EditableModel, request: int, context: Context, answer: str, *, preserved: bool) -> _Row:
+    encoded = model.encode(context.prompt, answer)
+    site = encoded.positions(*context.constraint.span(context.prompt.text))[-1]
+    return _Row(request=request, encoded=encoded, site=site, preserved=preserved)
+
+
+def _scales(rows: Sequence[_Row], recordings: Sequence[Recording], layer: int, n: int) -> Float[Tensor, " requests"]:
+    """‖v₀‖ of each request: the larger of the MLP's output and the residual it joins, averaged over its contexts."""
+    total, count = torch.zeros(n), torch.zeros(n)
+    for row, recording in zip(rows, recordings, strict=True):
+        if not row.preserved:
+            norms = recording.outputs[Component.MLP][layer, 0].norm(), recording.inputs[layer, 0].norm()
+            total[row.request] += float(max(norms))
+            count[row.request] += 1
+    return total / count
+
+
+class _RowBatch:
+    """Rows that are run together, with what their answers were before any edit."""
+
+    def __init__(
+        self, model: EditableModel, rows: Sequence[_Row], recordings: Sequence[Recording], layer: int
+    ) -> None:
+        self._model, self._layer = model, layer
+        self._suffix = Suffix(model, recordings, [r.site for r in rows])
+        self.request = torch.tensor([r.request for r in rows], device=model.device)
+        self.preserved = torch.tensor([r.preserved for r in rows], device=model.device)
+        self._answer, self._at = self._answers(rows)
+        with torch.no_grad():
+            self._before = self._log_probabilities(None)
+
+    def losses(self, delta: Float[Tensor, "requests d"]) -> Float[Tensor, " rows"]:
+        """−log p(target) of each context, KL(before ‖ after) of each preserved prompt, both summed over the answer."""
+        after = self._log_probabilities(delta[self.request])
+        scored = self._answer >= 0
+        chosen = after.gather(-1, self._answer.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+        target = -(chosen * scored).sum(-1)
+        divergence = ((self._before.exp() * (self._before - after)).sum(-1) * scored).sum(-1)
+        return torch.where(self.preserved, divergence, target)
+
+    def _log_probabilities(self, delta: Tensor | None) -> Float[Tensor, "rows answer vocabulary"]:
+        hidden = self._suffix.inputs(self._layer)
+        with self._suffix as suffix:
+            for layer in range(self._layer, len(self._model.layers)):
+                adds = {Component.MLP: _adding(delta)} if delta is not None and layer == self._layer else {}
+                hidden = suffix.run(layer, hidden, adds)
+            rows = torch.arange(len(hidden), device=hidden.device)[:, None]
+            return suffix.logits(hidden[rows, self._at]).log_softmax(-1)
+
+    def _answers(self, rows: Sequence[_Row]) -> tuple[Int[Tensor, "rows answer"], Int[Tensor, "rows answer"]]:
+        """The answers' ids, −1 where a row has no more, and the suffix positions that predict them."""
+        longest = max(len(r.encoded.answer) for r in rows)
+        ids = torch.full((len(rows), longest), -1)
+        at = torch.zeros(len(rows), longest, dtype=torch.long)
+        for i, row in enumerate(rows):
+            n = len(row.encoded.answer)
+            ids[i, :n] = row.encoded.answer
+            at[i, :n] = torch.arange(n) + row.encoded.prompt_length - 1 - row.site
+        return ids.to(self._model.device), at.to(self._model.device)
+
+
+def _adding(delta: Float[Tensor, "rows d"]) -> Callable[[Tensor], Tensor]:
+    """Adds each row's δ to the MLP's output at the row's first token, where its constraint ends."""
+
+    def change(output: Tensor) -> Tensor:
+        first = (output[:, :1].float() + delta[:, None]).to(output.dtype)
+        return torch.cat([first, output[:, 1:]], dim=1)
+
+    return change
+
+
+def _losses(
+    batches: Sequence[_RowBatch], delta: Float[Tensor, "requests d"], n: int
+) -> tuple[Float[Tensor, " requests"], Float[Tensor, " requests"]]:
+    """Mean target loss and mean KL of each request."""
+    losses = torch.cat([b.losses(delta) for b in batches])
+    request = torch.cat([b.request for b in batches])
+    preserved = torch.cat([b.preserved for b in batches])
+
+    def mean(which: Tensor) -> Tensor:
+        total = torch.zeros(n, device=delta.device).index_add(0, request[which], losses[which])
+        count = torch.zeros(n, device=delta.device).index_add(0, request[which], torch.ones_like(losses[which]))
+        return total / count.clamp(min=1)
+
+    return mean(~preserved), mean(preserved)
