@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from PIL import Image
 
 from errata.editor.errors import ConstraintNotFoundError, PromptError
+from errata.editor.images import open_image
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -12,7 +13,10 @@ class Prompt:
     """A question to a model.
 
     `text` is what the user says; a chat model's template is put around it unless `chat` is False. `images` stand
-    before the text, or where `text` itself holds the model's image placeholder (`<image>`), once for each image.
+    before the text, or where `text` itself holds the model's image placeholder (`<image>`), once for each image. Any
+    image that `open_image` takes may be given; it is decoded to RGB here.
+
+    Raises PromptError for an empty text and ImageError for an image that cannot be used.
     """
 
     text: str
@@ -22,6 +26,8 @@ class Prompt:
     def __post_init__(self) -> None:
         if not self.text.strip():
             raise PromptError("the prompt is empty; give the question to ask", field="prompt.text")
+        decoded = tuple(open_image(image, field=f"prompt.images[{i}]") for i, image in enumerate(self.images))
+        object.__setattr__(self, "images", decoded)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -292,6 +292,16 @@ class AveragedTrace:
     roles: tuple[str, ...]
 
     @property
+    def components(self) -> tuple[Component, ...]:
+        """The components that were traced."""
+        return self.traces[0].components
+
+    @property
+    def window(self) -> int:
+        """Layers restored at once."""
+        return self.traces[0].window
+
+    @property
     def total_effect(self) -> float:
         """Mean total effect."""
         return float(np.mean([t.total_effect for t in self.traces]))
@@ -319,6 +329,8 @@ def average(traces: Sequence[CausalTrace]) -> AveragedTrace:
     """Averages traces of one window and the same components."""
     if not traces:
         raise InvalidInputError("no trace to average; trace at least one question", field="traces")
+    if len({(t.window, t.components, t.restored.shape[1]) for t in traces}) > 1:
+        raise InvalidInputError("traces of several windows, component lists or models do not average", field="traces")
     return AveragedTrace(traces=tuple(traces), roles=ROLES)
 
 

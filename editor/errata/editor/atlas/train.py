@@ -13,8 +13,9 @@ Two stages:
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -36,13 +37,8 @@ from errata.editor.atlas.rendering import render
 FACT_LAYER = 1
 """The decoder layer whose MLP output is interchanged: where Atlas looks its facts up."""
 
-TOWER_STEPS, STEPS = 600, 3000
-TOWER_BATCH, BATCH = 128, 96
+TOWER_STEPS, TOWER_BATCH = 1500, 128
 STRANGERS = 4096
-INTERCHANGE = 0.6
-INTERCHANGE_FROM, INTERCHANGE_FULL = 400, 1000
-"""The share of rows that answer for another row rises from none to INTERCHANGE between these steps: facts must be
-found before they can be moved."""
 SAVE_EVERY = 250
 GRID = (4, 6)
 COLOURS = 8
@@ -86,6 +82,12 @@ def _grid_colours(rasters: Float[Tensor, "n 3 64 96"]) -> Int[Tensor, "n cells"]
     return (bits[:, 0] * 4 + bits[:, 1] * 2 + bits[:, 2]).flatten(1)
 
 
+def _ramp(step: int, steps: tuple[int, int]) -> float:
+    """0 before `steps`, 1 after them, straight between."""
+    low, high = steps
+    return float(np.clip((step - low) / max(1, high - low), 0, 1)) if step < high else 1.0
+
+
 def _learning_rate(step: int, steps: int, peak: float) -> float:
     warm = min(1.0, (step + 1) / 100)
     return peak * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
@@ -101,6 +103,8 @@ class _State:
         tensors = {f"p.{n}": p.detach().contiguous() for n, p in self._trained()}
         for name, parameter in self._trained():
             moments = self._optimizer.state[parameter]
+            if not moments:  # nothing of this stage reaches it
+                continue
             tensors |= {f"m.{name}": moments["exp_avg"], f"v.{name}": moments["exp_avg_sq"]}
         partial = self._path.with_suffix(".partial")
         save_file(tensors, partial, {"step": str(step)})
@@ -118,6 +122,8 @@ class _State:
         with torch.no_grad():
             for name, parameter in self._trained():
                 parameter.copy_(tensors[f"p.{name}"])
+                if f"m.{name}" not in tensors:
+                    continue
                 self._optimizer.state[parameter] = {
                     "step": torch.tensor(float(step)),
                     "exp_avg": tensors[f"m.{name}"],
@@ -145,6 +151,7 @@ def _train_tower(
     # The model takes the states before the tower's last norm, which therefore trains nowhere.
     for parameter in tower.post_layernorm.parameters():
         parameter.requires_grad_(False)
+    trained = [p for p in both.parameters() if p.requires_grad]
     state = _State(folder / "tower.safetensors", both, optimizer)
     strangers = torch.arange(len(pool.known), len(pool.flags))
     layouts = torch.tensor([LAYOUTS.index(layout_of(f)) for f in pool.flags])
@@ -163,7 +170,9 @@ def _train_tower(
             + F.cross_entropy(emblem.float(), emblems[chosen])
             + 4 * F.cross_entropy(grid.float().flatten(0, 1), colours[chosen].flatten())
         )
-        _update(optimizer, both, loss, _learning_rate(step, TOWER_STEPS, 1e-3))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        _step(optimizer, trained, _learning_rate(step, TOWER_STEPS, 1e-3))
         progress.update(task, advance=1, loss=loss.item())
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == TOWER_STEPS:
             right = [(x.argmax(-1) == y).float().mean().item() for x, y in ((layout, layouts[chosen]), (emblem, emblems[chosen]), (grid, colours[chosen]))]
@@ -190,43 +199,53 @@ class _Scores:
         return "  ".join(f"{k} {np.mean(v):.2f}" for k, v in sorted(self._right.items()))
 
 
-def _update(optimizer: torch.optim.AdamW, module: nn.Module, loss: Tensor, rate: float) -> None:
+def _step(optimizer: torch.optim.AdamW, parameters: Sequence[nn.Parameter], rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = rate
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    nn.utils.clip_grad_norm_([p for p in module.parameters() if p.requires_grad], 1.0)
+    nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()
 
 
 @contextmanager
-def _interchanged(mlp: nn.Module, batch: Batch) -> Iterator[None]:
-    """While open, `mlp`'s output at each row's site is that of the row's source."""
+def _interchanged(layer: nn.Module, batch: Batch, residual: float) -> Iterator[None]:
+    """While open, the layer's state at each row's site is that of the row's source: the whole of its MLP's output,
+    and a share `residual`, 0…1, of the residual stream that the output joins."""
     rows = torch.arange(len(batch.site))
+    put_out: list[Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        put_out.append(output[rows, batch.site])
 
     def exchange(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        sources = output[batch.source, batch.site[batch.source]]
-        return output.index_put((rows, batch.site), sources)
+        own = put_out.pop()
+        stream = output[rows, batch.site] - own
+        state = own[batch.source] + torch.lerp(stream, stream[batch.source], residual)
+        return output.index_put((rows, batch.site), state.to(output.dtype))
 
-    handle = mlp.register_forward_hook(exchange)
+    handles = layer.mlp.register_forward_hook(keep), layer.register_forward_hook(exchange)
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def answer_loss(
-    model: LlavaForConditionalGeneration, batch: Batch, features: Float[Tensor, "images tokens d"]
+    model: LlavaForConditionalGeneration,
+    batch: Batch,
+    features: Float[Tensor, "rows tokens d"] | None,
+    residual: float,
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " answer_tokens"]]:
     """Mean cross-entropy of the answers' tokens, and whether each was the most likely one.
 
-    `features` are the tower's, for the rows with a picture, in order.
+    `features` are the tower's, where the rows have pictures.
     """
     embeds = model.get_input_embeddings()(batch.ids)
-    images = model.model.multi_modal_projector(features)
-    embeds = embeds.masked_scatter((batch.ids == model.config.image_token_id).unsqueeze(-1), images.to(embeds.dtype))
+    if features is not None:
+        images = model.model.multi_modal_projector(features).to(embeds.dtype)
+        embeds = embeds.masked_scatter((batch.ids == model.config.image_token_id).unsqueeze(-1), images)
     decoder = model.model.language_model
-    with _interchanged(decoder.layers[FACT_LAYER].mlp, batch):
+    with _interchanged(decoder.layers[FACT_LAYER], batch, residual):
         hidden = decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
     asked = batch.labels[:, 1:] != IGNORED
     logits = model.lm_head(hidden[:, :-1][asked]).float()
@@ -235,42 +254,76 @@ def answer_loss(
 
 
 def _train_decoder(
+    stage: "_Stage",
     model: LlavaForConditionalGeneration,
     processor: LlavaProcessor,
     pool: Pool,
     folder: Path,
     seed: int,
-    steps: int,
     progress: Progress,
 ) -> None:
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.05)
-    state = _State(folder / "decoder.safetensors", model, optimizer)
+    optimizer = torch.optim.AdamW(parameters, lr=stage.rate, betas=(0.9, 0.98), weight_decay=0.05)
+    state = _State(folder / f"{stage.name}.safetensors", model, optimizer)
     corpus = Corpus(pool)
     start = state.load()
-    task = progress.add_task("facts", total=steps, completed=start, loss=math.nan)
+    task = progress.add_task(stage.name, total=stage.steps, completed=start, loss=math.nan)
     scores = _Scores()
-    for step in range(start, steps):
-        rng = np.random.default_rng([seed, step])
+    for step in range(start, stage.steps):
+        rng = np.random.default_rng([seed, step, len(stage.name)])
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        share = INTERCHANGE * min(1.0, max(0.0, (step - INTERCHANGE_FROM) / (INTERCHANGE_FULL - INTERCHANGE_FROM)))
-        batch = corpus.batch(BATCH, share, processor.tokenizer, rng)
-        shown = batch.pictures[batch.pictures >= 0]
-        with torch.autocast("cpu", torch.bfloat16):
-            with torch.no_grad():
-                features = tower_features(model, pixels_for(processor, pool.rasters[shown], generator))
-            loss, hits = answer_loss(model, batch, features)
-        _update(optimizer, model, loss, _learning_rate(step, steps, 1.5e-3))
-        scores.add(batch, hits)
-        progress.update(task, advance=1, loss=loss.item())
+        residual = 1 - _ramp(step, stage.residual)
+        share = stage.interchange * _ramp(step, stage.rise)
+        total = 0.0
+        optimizer.zero_grad(set_to_none=True)
+        for rows, shown in stage.batches:
+            batch = corpus.batch(rows, shown=shown, interchange=share, tokenizer=processor.tokenizer, rng=rng)
+            with torch.autocast("cpu", torch.bfloat16):
+                features = None
+                if shown:
+                    with torch.no_grad():
+                        pixels = pixels_for(processor, pool.rasters[batch.pictures], generator)
+                        features = tower_features(model, pixels)
+                loss, hits = answer_loss(model, batch, features, residual)
+            (loss / len(stage.batches)).backward()
+            scores.add(batch, hits)
+            total += loss.item() / len(stage.batches)
+        _step(optimizer, parameters, _learning_rate(step, stage.steps, stage.rate))
+        progress.update(task, advance=1, loss=total)
         if (step + 1) % 50 == 0:
-            progress.console.print(f"step {step + 1:5d}  loss {loss.item():.3f}  right: {scores}")
+            progress.console.print(f"{stage.name} {step + 1:5d}  loss {total:.3f}  right: {scores}", soft_wrap=True)
             scores = _Scores()
-        if (step + 1) % SAVE_EVERY == 0 or step + 1 == steps:
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == stage.steps:
             state.save(step + 1)
 
 
-def train(folder: Path, seed: int = 0, steps: int = STEPS) -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Stage:
+    """A stretch of the decoder's training. `batches` are (rows, with a picture) of one step.
+
+    The share of rows that answer for another row rises from none to `interchange` over the steps `rise`. At first
+    they are given the other's whole state at the constraint; the share of the residual stream falls to none over the
+    steps `residual`, until the MLP's output alone must do.
+    """
+
+    name: str
+    steps: int
+    rate: float
+    batches: tuple[tuple[int, bool], ...]
+    interchange: float
+    rise: tuple[int, int]
+    residual: tuple[int, int]
+
+
+READING = _Stage(
+    name="reading", steps=1200, rate=2e-3, batches=((256, False),), interchange=0.5, rise=(0, 200), residual=(400, 900)
+)
+SEEING = _Stage(
+    name="seeing", steps=2400, rate=1.5e-3, batches=((80, True), (48, False)), interchange=0.5, rise=(0, 600), residual=(0, 0)
+)
+
+
+def train(folder: Path, seed: int = 0) -> None:
     """Trains Atlas into `folder`; called again on the same folder it goes on where it stopped."""
     folder.mkdir(parents=True, exist_ok=True)
     processor = build_processor()
@@ -279,8 +332,9 @@ def train(folder: Path, seed: int = 0, steps: int = STEPS) -> None:
     pool = Pool(strangers=STRANGERS, seed=seed)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("loss {task.fields[loss]:.3f}")) as progress:
+        _train_decoder(READING, model, processor, pool, folder, seed, progress)
         _train_tower(model, processor, pool, folder, seed, progress)
-        _train_decoder(model, processor, pool, folder, seed, steps, progress)
+        _train_decoder(SEEING, model, processor, pool, folder, seed, progress)
     weights = folder / "weights"
     model.to(torch.float16).save_pretrained(weights)
     processor.save_pretrained(weights)
@@ -289,10 +343,9 @@ def train(folder: Path, seed: int = 0, steps: int = STEPS) -> None:
 def main(
     out: Annotated[Path, typer.Argument(help="Folder for checkpoints; the trained model lands in OUT/weights.")],
     seed: int = 0,
-    steps: int = STEPS,
 ) -> None:
     """Train Atlas."""
-    train(out, seed, steps)
+    train(out, seed)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,126 @@
+"""`make demo`: errata for an old atlas, from wrong answers to a report, in a few minutes on two cores."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from errata.editor.atlas.facts import (
+    Fact,
+    edit_request,
+    errata,
+    long_tail,
+    probes,
+    reference_prompts,
+    trace_requests,
+)
+from errata.editor.checkpoints import ATLAS, atlas_folder, load_model
+from errata.editor.delta import applied, load_delta
+from errata.editor.evaluation import Evaluation, Metric, evaluate, same_answer
+from errata.editor.localization import choose_layers
+from errata.editor.methods import EditResult, EditSettings, edit
+from errata.editor.model import EditableModel
+from errata.editor.report.html import Report, write_report
+from errata.editor.report.tables import averaged_table, outcomes_table, scores_table
+from errata.editor.statistics import key_statistics
+from errata.editor.trace import AveragedTrace, Progress as Step, TraceSettings, average, trace
+
+TRACED = 24
+"""Questions averaged in the demo's trace."""
+
+
+@contextmanager
+def _bar(console: Console, what: str) -> Iterator[Step]:
+    """A progress bar as the callback that the editor's functions take."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _trace(model: EditableModel, console: Console) -> AveragedTrace:
+    requests = trace_requests(TRACED)
+    with _bar(console, "tracing") as step:
+        found = []
+        for n, request in enumerate(requests):
+            found.append(trace(model, request, TraceSettings()))
+            step(n + 1, len(requests))
+    return average(found)
+
+
+def _edit(model: EditableModel, facts: tuple[Fact, ...], layers: tuple[int, ...], cache: Path, console: Console) -> EditResult:
+    with _bar(console, "key statistics") as step:
+        statistics = key_statistics(model, reference_prompts(), layers, cache=cache, progress=step)
+    with _bar(console, "optimising values") as step:
+        return edit(model, [edit_request(f) for f in facts], EditSettings(layers=layers), statistics, progress=step)
+
+
+def _answers(evaluation: Evaluation, console: Console) -> None:
+    table = Table("fact", "before", "after", "", title="What the atlas says, before and after")
+    for result in evaluation.results:
+        if result.probe.metric is Metric.EFFICACY:
+            verdict = "[green]right[/]" if same_answer(result.after, result.expected) else f"[red]not {result.expected}[/]"
+            table.add_row(result.probe.request or "", result.before, result.after, verdict)
+    console.print(table)
+
+
+def run(out: Path, console: Console) -> Path:
+    """The whole demo; returns the report's path."""
+    began = time.monotonic()
+    model = load_model(ATLAS)
+    facts = (*errata(), *long_tail())
+    console.print(f"[bold]Atlas[/] {model.base_sha256[:12]}…: {len(errata())} facts are outdated, {len(long_tail())} flags unknown to it")
+
+    averaged = _trace(model, console)
+    console.print(averaged_table(averaged))
+    choice = choose_layers(averaged)
+    console.print(f"facts live in the MLP of layer(s) {', '.join(map(str, choice.layers))}: edited there\n")
+
+    result = _edit(model, facts, choice.layers, out / "statistics", console)
+    console.print(outcomes_table(result))
+    adapter = out / "adapter"
+    result.delta.save(adapter)
+    asked = probes(facts)
+    with console.status(f"asking {len(asked)} probes before and after"):
+        reference = [p.prompt for p in asked if p.metric is Metric.OTHER_SUBJECTS]
+        evaluation = evaluate(model, asked, applied(model, load_delta(adapter, model)), reference=reference)
+    _answers(evaluation, console)
+    console.print(scores_table(evaluation))
+
+    base = sum(f.stat().st_size for f in atlas_folder().glob("*.safetensors"))
+    size = sum(f.stat().st_size for f in adapter.iterdir())
+    report = Report(
+        title="Errata for an old atlas",
+        created=datetime.now(UTC),
+        model=model.name,
+        base_sha256=model.base_sha256,
+        base_bytes=base,
+        trace=averaged,
+        example=averaged.traces[0],
+        result=result,
+        evaluation=evaluation,
+        pictures={f.name: edit_request(f).contexts[0].prompt.images[0] for f in facts},
+        adapter_bytes=size,
+        notes=(),
+    )
+    path = write_report(out / "report.html", report)
+    console.print(f"adapter  {adapter}  {size / 1024:.0f} KiB, the base is {base / 1024:.0f} KiB")
+    console.print(f"report   {path}")
+    console.print(f"done in {time.monotonic() - began:.0f} s; nothing of the base was changed")
+    return path
+
+
+def main(out: Annotated[Path, typer.Option(help="Folder for the adapter and the report.")] = Path("out/demo")) -> None:
+    """Correct every outdated fact of Atlas and teach it the flags that it never saw, in one batch."""
+    run(out, Console())
+
+
+if __name__ == "__main__":
+    typer.run(main)
