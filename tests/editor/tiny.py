@@ -3,6 +3,7 @@
 from functools import cache
 
 import torch
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPImageProcessorPil,
@@ -19,10 +20,15 @@ from transformers import (
 )
 
 from errata.editor.checkpoints import hash_tensors
+from errata.editor.delta import Delta, LowRank
 from errata.editor.families import family_of
 from errata.editor.model import EditableModel
+from errata.editor.prompts import Constraint, Prompt
+from errata.editor.requests import Context
 
 FAMILIES = ("llava", "llama", "gpt2")
+PATCHES = 9
+"""Tokens of one image: 24 pixels in patches of 8, squared."""
 
 _TEMPLATE = (
     "{% for m in messages %}USER: {% for p in m['content'] %}{% if p['type'] == 'image' %}<image>\n"
@@ -41,7 +47,8 @@ def tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    core.train_from_iterator(["What is the capital of this country?", " Paris", " Rome", "The Space Needle is in"], trainer)
+    texts = ["What is the capital of this country?", " Paris", " Rome", "The Space Needle is in", "USER: \n ASSISTANT:"]
+    core.train_from_iterator(texts, trainer)
     core.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
@@ -114,3 +121,34 @@ def tiny_model(family: str, seed: int = 0) -> EditableModel:
         family=family_of(model),
         base_sha256=hash_tensors(model.state_dict().items()),
     )
+
+
+def weights_sha256(model: EditableModel) -> str:
+    return hash_tensors(model.model.state_dict().items())
+
+
+def picture(seed: int = 0) -> Image.Image:
+    """Noise: two seeds give two pictures that share nothing."""
+    pixels = torch.randint(0, 256, (24, 24, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def question(model: EditableModel, text: str = "What is the capital of this country?", seed: int = 0) -> Prompt:
+    """A prompt with one picture where the family takes one."""
+    return Prompt(text=text, images=() if model.image_token_id is None else (picture(seed),))
+
+
+def context(
+    model: EditableModel, text: str = "What is the capital of this country?", span: str = "this country", seed: int = 0
+) -> Context:
+    return Context(prompt=question(model, text, seed), constraint=Constraint(text=span))
+
+
+def random_delta(model: EditableModel, ranks: dict[int, int], seed: int = 0, size: float = 0.2) -> Delta:
+    """A delta of the given rank at each layer, large enough to change answers."""
+    random = torch.Generator().manual_seed(seed)
+    lows = {
+        i: LowRank(a=torch.randn(r, 48, generator=random) * size, b=torch.randn(32, r, generator=random) * size)
+        for i, r in ranks.items()
+    }
+    return Delta(base_sha256=model.base_sha256, layers=lows, modules={i: model.down_projection_name(i) for i in ranks})

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -23,14 +24,16 @@ from errata.editor.atlas.facts import (
 )
 from errata.editor.checkpoints import ATLAS, atlas_folder, load_model
 from errata.editor.delta import applied, load_delta
-from errata.editor.evaluation import Evaluation, Metric, evaluate, same_answer
+from errata.editor.evaluation import Metric, evaluate
 from errata.editor.localization import choose_layers
 from errata.editor.methods import EditResult, EditSettings, edit
 from errata.editor.model import EditableModel
 from errata.editor.report.html import Report, write_report
-from errata.editor.report.tables import averaged_table, outcomes_table, scores_table
+from errata.editor.report.tables import aie_tables, answers_table, outcomes_table, scores_table
+from errata.editor.report.terminal import thumbnail
 from errata.editor.statistics import key_statistics
-from errata.editor.trace import AveragedTrace, Progress as Step, TraceSettings, average, trace
+from errata.editor.trace import AveragedTrace, TraceSettings, average, trace
+from errata.editor.trace import Progress as Step
 
 TRACED = 24
 """Questions averaged in the demo's trace."""
@@ -43,6 +46,17 @@ def _bar(console: Console, what: str) -> Iterator[Step]:
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+def _beliefs(model: EditableModel, facts: tuple[Fact, ...], console: Console) -> None:
+    """What the atlas says before anything is done to it, beside the flags it is shown."""
+    contexts = [edit_request(f).contexts[0] for f in facts]
+    answers = model.generate([c.prompt for c in contexts])
+    table = Table("it is shown", "and asked", "it answers", "true today", title="Before", title_justify="left", box=SIMPLE)
+    for fact, context, answer in zip(facts, contexts, answers, strict=True):
+        shown = thumbnail(context.prompt.images[0]) if console.is_terminal else fact.country.name
+        table.add_row(shown, context.prompt.text, answer.text, fact.target)
+    console.print(table)
 
 
 def _trace(model: EditableModel, console: Console) -> AveragedTrace:
@@ -62,15 +76,6 @@ def _edit(model: EditableModel, facts: tuple[Fact, ...], layers: tuple[int, ...]
         return edit(model, [edit_request(f) for f in facts], EditSettings(layers=layers), statistics, progress=step)
 
 
-def _answers(evaluation: Evaluation, console: Console) -> None:
-    table = Table("fact", "before", "after", "", title="What the atlas says, before and after")
-    for result in evaluation.results:
-        if result.probe.metric is Metric.EFFICACY:
-            verdict = "[green]right[/]" if same_answer(result.after, result.expected) else f"[red]not {result.expected}[/]"
-            table.add_row(result.probe.request or "", result.before, result.after, verdict)
-    console.print(table)
-
-
 def run(out: Path, console: Console) -> Path:
     """The whole demo; returns the report's path."""
     began = time.monotonic()
@@ -78,8 +83,9 @@ def run(out: Path, console: Console) -> Path:
     facts = (*errata(), *long_tail())
     console.print(f"[bold]Atlas[/] {model.base_sha256[:12]}…: {len(errata())} facts are outdated, {len(long_tail())} flags unknown to it")
 
+    _beliefs(model, facts, console)
     averaged = _trace(model, console)
-    console.print(averaged_table(averaged))
+    console.print(aie_tables(averaged))
     choice = choose_layers(averaged)
     console.print(f"facts live in the MLP of layer(s) {', '.join(map(str, choice.layers))}: edited there\n")
 
@@ -91,7 +97,7 @@ def run(out: Path, console: Console) -> Path:
     with console.status(f"asking {len(asked)} probes before and after"):
         reference = [p.prompt for p in asked if p.metric is Metric.OTHER_SUBJECTS]
         evaluation = evaluate(model, asked, applied(model, load_delta(adapter, model)), reference=reference)
-    _answers(evaluation, console)
+    console.print(answers_table(result, evaluation))
     console.print(scores_table(evaluation))
 
     base = sum(f.stat().st_size for f in atlas_folder().glob("*.safetensors"))

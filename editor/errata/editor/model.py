@@ -12,9 +12,12 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from errata.editor.errors import LayerError, PromptError, TargetError
+from errata.editor.errors import ConstraintNotFoundError, LayerError, PromptError, TargetError
 from errata.editor.families import ModelFamily
 from errata.editor.prompts import Constraint, Prompt
+
+_GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+"""Said in full, because generate() takes whatever is not said from the defaults that a checkpoint ships."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +40,17 @@ class Encoded:
         return self.ids[self.prompt_length :]
 
     def positions(self, start: int, end: int) -> range:
-        """The tokens that carry the characters start … end of the prompt's text."""
+        """The tokens that carry the characters start … end of the prompt's text.
+
+        Raises ConstraintNotFoundError where there are none: those characters are an image's placeholder.
+        """
         tokens = [t for t, s in enumerate(self.spans) if s is not None and s[0] < end and s[1] > start]
+        if not tokens:
+            raise ConstraintNotFoundError(
+                "the constraint has no token of the prompt's text: it is an image placeholder; give the words that "
+                "refer to the image",
+                field="constraint.text",
+            )
         return range(tokens[0], tokens[-1] + 1)
 
     def replaced(self, ids: Tensor) -> "Encoded":
@@ -111,14 +123,15 @@ class EditableModel:
         Chat models: the template is put around the text, and an answer ends with the end-of-sequence token.
         Raises PromptError for images a model cannot take and TargetError for an answer without tokens.
         """
-        text, low = self._rendered(prompt)
+        text, after = self._rendered(prompt)
         special = not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))
         vision: dict[str, Tensor] = {}
+        each = 1
         if prompt.images:
             vision = dict(self.processor(text=[text], images=list(prompt.images), return_tensors="pt"))
             expected = vision.pop("input_ids")[0]
             vision.pop("attention_mask", None)
-            text = self._expanded(text, expected, len(prompt.images))
+            text, each = self._expanded(text, expected, len(prompt.images))
         tokens = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
         ids = torch.tensor(tokens["input_ids"])
         if prompt.images and not torch.equal(ids, expected):
@@ -127,13 +140,13 @@ class EditableModel:
                 "needs a model family of its own",
                 field="prompt.images",
             )
-        spans = self._spans(prompt.text, text, low, tokens["offset_mapping"])
+        spans = self._spans(prompt.text, text, after, each, tokens["offset_mapping"])
         ending = self._answer_ids(text, answer, special, prompt.chat) if answer is not None else ids[:0]
         return Encoded(
             ids=torch.cat([ids, ending]),
             prompt_length=len(ids),
             spans=(*spans, *(None for _ in ending)),
-            images=self._image_runs(ids),
+            images=self._image_runs(ids, each),
             vision=vision,
         )
 
@@ -163,16 +176,17 @@ class EditableModel:
                 **inputs,
                 attention_mask=torch.ones_like(inputs["input_ids"]),
                 max_new_tokens=max_new_tokens,
-                do_sample=False,
-                pad_token_id=self.end_token_id,
+                pad_token_id=max(self.end_token_id, 0),
+                **_GREEDY,
             )
         return [self._answer(row) for row in out[:, length:].tolist()]
 
     def _answer(self, tokens: list[int]) -> Answer:
-        ended = self.end_token_id in tokens
-        kept = tokens[: tokens.index(self.end_token_id)] if ended else tokens
-        text = self.tokenizer.decode(kept, skip_special_tokens=True).strip()
-        return Answer(text=text, tokens=tuple(kept), finished=ended)
+        configured = self.model.generation_config.eos_token_id  # one, or several as in Llama 3
+        ends = {self.end_token_id, *(configured if isinstance(configured, list) else [configured])}
+        end = next((t for t, token in enumerate(tokens) if token in ends), len(tokens))
+        text = self.tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
+        return Answer(text=text, tokens=tuple(tokens[:end]), finished=end < len(tokens))
 
     @property
     def end_token_id(self) -> int:
@@ -191,7 +205,7 @@ class EditableModel:
         return {k: v.to(self.device) for k, v in {"input_ids": ids, **cast}.items()}
 
     def _rendered(self, prompt: Prompt) -> tuple[str, int]:
-        """The prompt in its template with one placeholder an image, and where its own text starts."""
+        """The prompt in its template with one placeholder an image, and the characters that follow its own text."""
         placeholder = self._placeholder(prompt)
         inline = placeholder is not None and placeholder in prompt.text
         if inline and prompt.text.count(placeholder or "") != len(prompt.images):
@@ -200,22 +214,27 @@ class EditableModel:
                 f"{len(prompt.images)} image(s); give one each",
                 field="prompt.images",
             )
-        if prompt.chat and getattr(self.processor, "chat_template", None):
-            content: str | list[dict[str, str]] = prompt.text
-            if placeholder is not None or self.image_token_id is not None:
-                shown = [] if inline else [{"type": "image"}] * len(prompt.images)
-                content = [*shown, {"type": "text", "text": prompt.text}]
-            conversation = [{"role": "user", "content": content}]
-            text = self.processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-        else:
-            text = ("" if inline else (placeholder or "") * len(prompt.images)) + prompt.text
-        low = text.rfind(prompt.text)
-        if low < 0:
+        before = "" if inline else (placeholder or "") * len(prompt.images)
+        if not (prompt.chat and getattr(self.processor, "chat_template", None)):
+            return before + prompt.text, 0
+        shown = [] if inline else [{"type": "image"}] * len(prompt.images)
+        text = self._in_template(prompt.text, shown)
+        # The template may itself say what the prompt says, so where its text ends is read off another text.
+        mark = "\ue000"
+        after = len(self._in_template(mark, shown).partition(mark)[2])
+        if not text[: len(text) - after].endswith(prompt.text):
             raise PromptError(
                 f"the chat template changes the text {prompt.text!r} (it may strip spaces); give it as it will stand",
                 field="prompt.text",
             )
-        return text, low
+        return text, after
+
+    def _in_template(self, text: str, shown: list[dict[str, str]]) -> str:
+        content: str | list[dict[str, str]] = text
+        if self.image_token_id is not None:
+            content = [*shown, {"type": "text", "text": text}]
+        conversation = [{"role": "user", "content": content}]
+        return str(self.processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
 
     def _placeholder(self, prompt: Prompt) -> str | None:
         if self.image_token_id is None:
@@ -224,35 +243,32 @@ class EditableModel:
             return None
         return str(self.tokenizer.convert_ids_to_tokens(self.image_token_id))
 
-    def _expanded(self, text: str, ids: Tensor, images: int) -> str:
-        """The text with each placeholder repeated as often as the image has tokens."""
+    def _expanded(self, text: str, ids: Tensor, images: int) -> tuple[str, int]:
+        """The text with each placeholder repeated as often as an image has tokens, and how often that is."""
         placeholder = str(self.tokenizer.convert_ids_to_tokens(self.image_token_id))
         total = int((ids == self.image_token_id).sum())
         if text.count(placeholder) != images or total % images:
             raise PromptError(
                 f"{images} image(s) for {text.count(placeholder)} placeholder(s) in {text!r}", field="prompt.images"
             )
-        return text.replace(placeholder, placeholder * (total // images))
+        each = total // images
+        return text.replace(placeholder, placeholder * each), each
 
     def _spans(
-        self, own: str, text: str, low: int, offsets: Sequence[tuple[int, int]]
+        self, own: str, text: str, after: int, each: int, offsets: Sequence[tuple[int, int]]
     ) -> list[tuple[int, int] | None]:
         """For each token the characters of the prompt's own text it carries, None where it carries none.
 
-        Expansion only repeats placeholders, so the text between them keeps its order: characters are matched
-        piece by piece, from one placeholder to the next.
+        `text` ends with the prompt's own text, each placeholder `each` times, and `after` characters of the template.
         """
-        placeholder = str(self.tokenizer.convert_ids_to_tokens(self.image_token_id)) if self.image_token_id else None
+        placeholder = str(self.tokenizer.convert_ids_to_tokens(self.image_token_id)) if self.image_token_id else ""
         pieces = own.split(placeholder) if placeholder else [own]
         where: dict[int, int] = {}
-        at = text.rfind(pieces[-1]) if len(pieces) > 1 else text.rfind(own)
-        end_own = len(own)
+        at, at_own = len(text) - after, len(own)
         for piece in reversed(pieces):
-            start_own = end_own - len(piece)
-            start = text.rfind(piece, 0, at + len(piece))
-            where |= {start + i: start_own + i for i in range(len(piece))}
-            end_own = start_own - len(placeholder or "")
-            at = start - len(placeholder or "")
+            at, at_own = at - len(piece), at_own - len(piece)
+            where |= {at + i: at_own + i for i in range(len(piece))}
+            at, at_own = at - len(placeholder) * each, at_own - len(placeholder)
         spans: list[tuple[int, int] | None] = []
         for a, b in offsets:
             inside = [where[c] for c in range(a, b) if c in where]
@@ -277,16 +293,12 @@ class EditableModel:
             ids = [*ids, self.end_token_id]
         return torch.tensor(ids)
 
-    def _image_runs(self, ids: Tensor) -> tuple[range, ...]:
+    def _image_runs(self, ids: Tensor, each: int) -> tuple[range, ...]:
+        """The tokens of each image, `each` of them; images may stand side by side."""
         if self.image_token_id is None:
             return ()
-        runs: list[range] = []
-        for t in (ids == self.image_token_id).nonzero().flatten().tolist():
-            if runs and runs[-1].stop == t:
-                runs[-1] = range(runs[-1].start, t + 1)
-            else:
-                runs.append(range(t, t + 1))
-        return tuple(runs)
+        tokens = (ids == self.image_token_id).nonzero().flatten().tolist()
+        return tuple(range(t, t + each) for t in tokens[::each])
 
 
 def by_length(encoded: Sequence[Encoded], limit: int) -> list[list[int]]:

@@ -70,7 +70,7 @@ class Constraint:
         return start, start + len(self.text)
 
     def _hint(self, prompt: str) -> str:
-        at = prompt.casefold().find(self.text.casefold()) if self.text else -1
+        at = prompt.casefold().find(self.text.casefold()) if self.text.strip() else -1
         if at >= 0:
             return f"did you mean {prompt[at : at + len(self.text)]!r}?"
         return "copy it from the prompt"

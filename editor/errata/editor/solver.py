@@ -103,5 +103,9 @@ def solve_edit(
             f"KᵀMK + λI of {normal.shape[0]} keys is not positive definite (λ = {ridge:g}): two requests share a key, "
             "or there are more keys than free directions; merge the requests, raise the ridge or edit fewer at once"
         )
+    if not torch.isfinite(r).all():
+        raise IllConditionedError("the residuals hold NaN or infinity: a value's descent diverged; lower its learning rate")
     b = torch.cholesky_solve(r.T, factor).T
-    return LowRank(a=mk.T.float().contiguous(), b=b.float().contiguous())
+    # Near keys make columns of B that are huge and cancel, which float32 would not survive: give A orthonormal rows.
+    rows, mix = torch.linalg.qr(mk)
+    return LowRank(a=rows.T.float().contiguous(), b=(b @ mix.T).float().contiguous())

@@ -319,7 +319,7 @@ READING = _Stage(
     name="reading", steps=1200, rate=2e-3, batches=((256, False),), interchange=0.5, rise=(0, 200), residual=(400, 900)
 )
 SEEING = _Stage(
-    name="seeing", steps=2400, rate=1.5e-3, batches=((80, True), (48, False)), interchange=0.5, rise=(0, 600), residual=(0, 0)
+    name="seeing", steps=2400, rate=1.5e-3, batches=((96, True), (24, False)), interchange=0.5, rise=(0, 400), residual=(0, 0)
 )
 
 

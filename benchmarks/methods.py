@@ -1,0 +1,167 @@
+"""Every editor on Atlas, side by side: `python benchmarks/methods.py`. Shares by generation, mean ± spread over seeds.
+
+One batch of all errata and the whole long tail, and the same facts one at a time. A seed draws the renderings and
+phrasings that are edited with, and others to judge by. `--quick` only shows that it runs.
+"""
+
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from errata.editor.atlas.facts import Fact, edit_request, errata, long_tail, probes, reference_prompts
+from errata.editor.baselines import DescentSettings, FineTuneSettings, LoraSettings, fine_tune, fine_tune_lora
+from errata.editor.checkpoints import ATLAS, load_model
+from errata.editor.delta import applied
+from errata.editor.errors import ErrataError
+from errata.editor.evaluation import Metric, evaluate
+from errata.editor.methods import EditSettings, Method, edit
+from errata.editor.model import EditableModel
+from errata.editor.statistics import KeyStatistics, key_statistics
+
+JUDGED = {
+    Metric.EFFICACY: "efficacy",
+    Metric.IMAGE_GENERALIZATION: "images",
+    Metric.PHRASING_GENERALIZATION: "phrasings",
+    Metric.OTHER_SUBJECTS: "others",
+    Metric.SAME_IMAGE: "same image",
+}
+"""The metrics of the harmonic mean, and their columns."""
+
+Child = AbstractContextManager[object]
+Editor = Callable[[EditableModel, Sequence[Fact], int], tuple[Child, int]]
+"""From a model, facts and a seed to a context in which the model is edited, and the change's size in bytes."""
+
+
+def closed_form(settings: EditSettings, statistics: KeyStatistics) -> Editor:
+    """A closed-form method."""
+
+    def run(model: EditableModel, facts: Sequence[Fact], seed: int) -> tuple[Child, int]:
+        delta = edit(model, [edit_request(f, seed=seed) for f in facts], settings, statistics).delta
+        return applied(model, delta), delta.nbytes
+
+    return run
+
+
+def tuned(settings: FineTuneSettings) -> Editor:
+    """Fine-tuning, with or without a bound."""
+
+    def run(model: EditableModel, facts: Sequence[Fact], seed: int) -> tuple[Child, int]:
+        result = fine_tune(model, [edit_request(f, seed=seed) for f in facts], settings)
+        return result.applied(model), result.nbytes
+
+    return run
+
+
+def lora(settings: LoraSettings) -> Editor:
+    """LoRA fine-tuning by PEFT."""
+
+    def run(model: EditableModel, facts: Sequence[Fact], seed: int) -> tuple[Child, int]:
+        result = fine_tune_lora(model, [edit_request(f, seed=seed) for f in facts], settings)
+        return result.applied(model), result.nbytes
+
+    return run
+
+
+def editors(layers: tuple[int, ...], statistics: KeyStatistics) -> dict[str, Editor]:
+    """Every method by its name in the table, the default first."""
+    found = {
+        m.value: closed_form(EditSettings(layers=layers, method=m), statistics)
+        for m in sorted(Method, key=lambda m: m is not EditSettings(layers=layers).method)
+    }
+    kept = DescentSettings(preserve_weight=1.0)
+    found["ft"] = tuned(FineTuneSettings(layers=layers))
+    found["ft + preserve"] = tuned(FineTuneSettings(layers=layers, descent=kept))
+    found["ft-l"] = tuned(FineTuneSettings(layers=layers, bound=0.5))
+    found["lora"] = lora(LoraSettings(layers=layers))
+    found["lora + preserve"] = lora(
+        LoraSettings(layers=layers, descent=DescentSettings(learning_rate=5e-3, preserve_weight=1.0))
+    )
+    return found
+
+
+def judge(
+    model: EditableModel, editor: Editor, batches: Sequence[Sequence[Fact]], seed: int
+) -> dict[str, float]:
+    """The shares of one seed over all probes of all batches, edited and judged one batch at a time."""
+    passed: dict[Metric, list[bool]] = defaultdict(list)
+    seconds, sizes = [], []
+    for facts in batches:
+        began = time.perf_counter()
+        child, size = editor(model, facts, seed)
+        seconds.append(time.perf_counter() - began)
+        sizes.append(size)
+        asked = [p for p in probes(facts, seed=seed, others=max(6, 3 * len(facts))) if p.metric in JUDGED]
+        for result in evaluate(model, asked, child).results:
+            passed[result.probe.metric].append(result.passed)
+    shares = {name: float(np.mean(passed[m])) for m, name in JUDGED.items()}
+    harmonic = len(shares) / sum(1 / s for s in shares.values()) if all(shares.values()) else 0.0
+    return {**shares, "harmonic": harmonic, "seconds": float(np.mean(seconds)), "KiB": float(np.mean(sizes)) / 1024}
+
+
+def table(title: str, rows: dict[str, list[dict[str, float]]]) -> Table:
+    """Mean ± standard deviation over seeds."""
+    shown = Table("method", *JUDGED.values(), "harmonic", "s", "KiB", title=title, title_justify="left")
+
+    def cell(figures: list[dict[str, float]], name: str) -> str:
+        values = [f[name] for f in figures]
+        return f"{np.mean(values):.3f}" + (f"±{np.std(values):.3f}" if len(values) > 1 else "")
+
+    for method, figures in rows.items():
+        shares = [cell(figures, n) for n in (*JUDGED.values(), "harmonic")]
+        plain = [f"{np.median([f[n] for f in figures]):.{d}f}" for n, d in (("seconds", 1), ("KiB", 0))]
+        shown.add_row(method, *shares, *plain)
+    return shown
+
+
+def main(
+    seeds: Annotated[int, typer.Option(help="Seeds to average over.")] = 3,
+    out: Annotated[Path, typer.Option(help="Folder for the figures as JSON.")] = Path("benchmarks/results"),
+    layer: Annotated[list[int] | None, typer.Option(help="Layers to edit; none: Atlas's fact layer.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Methods to run; none: all.")] = None,
+    single: Annotated[int, typer.Option(help="Facts to edit one at a time as well, a seed.")] = 13,
+    quick: Annotated[bool, typer.Option(help="One seed, two facts: shows only that it runs.")] = False,
+) -> None:
+    """Compare every editor on Atlas."""
+    console = Console(width=120)
+    model = load_model(ATLAS)
+    layers = tuple(layer or (1,))
+    facts = (*errata(), *long_tail())
+    if quick:
+        facts, seeds, single = (errata()[0], long_tail()[0]), 1, 1
+    statistics = key_statistics(model, reference_prompts(per_country=2 if quick else 8), layers)
+    batch: dict[str, list[dict[str, float]]] = defaultdict(list)
+    singles: dict[str, list[dict[str, float]]] = defaultdict(list)
+    for name, editor in editors(layers, statistics).items():
+        if only and name not in only:
+            continue
+        for seed in range(seeds):
+            try:
+                batch[name].append(judge(model, editor, [facts], seed))
+                chosen = [[facts[i]] for i in np.random.default_rng(seed).permutation(len(facts))[:single]]
+                if chosen:
+                    singles[name].append(judge(model, editor, chosen, seed))
+            except ErrataError as error:
+                console.print(f"{name}, seed {seed}: {type(error).__name__}: {error}")
+        console.print(f"{name}: " + "  ".join(f"{k} {v:.3f}" for k, v in (batch[name] or [{}])[-1].items()))
+    console.print(table(f"one batch of {len(facts)} facts, layers {layers}, {seeds} seed(s)", batch))
+    if singles:
+        console.print(table(f"{single} single edits a seed", singles))
+    out.mkdir(parents=True, exist_ok=True)
+    figures = {"layers": layers, "facts": len(facts), "threads": torch.get_num_threads(), "batch": batch, "single": singles}
+    path = out / ("methods-quick.json" if quick else "methods.json")
+    path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    console.print(f"figures in {path}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

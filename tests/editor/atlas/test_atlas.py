@@ -1,0 +1,93 @@
+"""The shipped Atlas: what it knows, where, and that edits of it hold. Figures by generation, unseen renderings."""
+
+from collections.abc import Iterator
+
+import pytest
+from errata.editor.atlas.facts import edit_request, errata, long_tail, probes, reference_prompts, trace_requests
+from errata.editor.atlas.measure import knowledge, locality
+from errata.editor.checkpoints import ATLAS, atlas_folder, hash_tensors, load_model
+from errata.editor.delta import applied
+from errata.editor.evaluation import Evaluation, Metric, evaluate
+from errata.editor.localization import choose_layers
+from errata.editor.methods import EditResult, EditSettings, edit
+from errata.editor.model import EditableModel
+from errata.editor.statistics import key_statistics
+from errata.editor.trace import AveragedTrace, average, trace
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def atlas() -> EditableModel:
+    return load_model(ATLAS)
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["other image", "substituted constraint"])
+def averaged(atlas: EditableModel, request: pytest.FixtureRequest) -> AveragedTrace:
+    return average([trace(atlas, r) for r in trace_requests(12, substitute=request.param)])
+
+
+@pytest.fixture(scope="module")
+def layers(atlas: EditableModel) -> tuple[int, ...]:
+    return choose_layers(average([trace(atlas, r) for r in trace_requests(12)])).layers
+
+
+@pytest.fixture(scope="module")
+def edited(atlas: EditableModel, layers: tuple[int, ...]) -> EditResult:
+    statistics = key_statistics(atlas, reference_prompts(), layers)
+    facts = (*errata(), *long_tail())
+    return edit(atlas, [edit_request(f) for f in facts], EditSettings(layers=layers), statistics)
+
+
+@pytest.fixture(scope="module")
+def evaluation(atlas: EditableModel, edited: EditResult) -> Iterator[Evaluation]:
+    yield evaluate(atlas, probes((*errata(), *long_tail())), applied(atlas, edited.delta))
+
+
+def test_the_weights_are_small_and_safe() -> None:
+    files = list(atlas_folder().iterdir())
+    assert sum(f.stat().st_size for f in files) <= 20 * 2**20
+    assert not [f for f in files if f.suffix in {".bin", ".pt", ".pkl", ".pth"}]
+
+
+def test_it_knows_what_the_recipe_promises(atlas: EditableModel) -> None:
+    short = [f for f in knowledge(atlas, per_fact=1) if not f.holds]
+    assert not short
+
+
+def test_the_trace_peaks_at_the_constraint_in_one_early_mlp(averaged: AveragedTrace) -> None:
+    """Basu et al. 2024, §5: early layers, a window of one."""
+    short = [f for f in locality(averaged, "trace") if not f.holds]
+    assert not short
+
+
+def test_auto_chooses_layers_of_the_lower_half(atlas: EditableModel, layers: tuple[int, ...]) -> None:
+    assert max(layers) < len(atlas.layers) / 2
+
+
+def test_one_batch_corrects_every_erratum_and_teaches_the_long_tail(evaluation: Evaluation) -> None:
+    floors = {
+        Metric.EFFICACY: 0.98,
+        Metric.IMAGE_GENERALIZATION: 0.95,
+        Metric.PHRASING_GENERALIZATION: 0.90,
+        Metric.OTHER_SUBJECTS: 0.98,
+        Metric.SAME_IMAGE: 0.95,
+    }
+    short = {m.value: evaluation.score(m).after for m, f in floors.items() if evaluation.score(m).after < f}
+    assert not short
+
+
+def test_before_the_edit_none_of_it_was_right(evaluation: Evaluation) -> None:
+    assert evaluation.score(Metric.EFFICACY).before == 0.0
+
+
+def test_an_edit_leaves_the_weights_bit_identical(atlas: EditableModel, evaluation: Evaluation) -> None:
+    assert evaluation.results
+    fresh = load_model(ATLAS)
+    mine, its = (hash_tensors(m.model.state_dict().items()) for m in (atlas, fresh))
+    assert mine == its
+
+
+def test_the_delta_is_a_twentieth_of_the_base_at_most(edited: EditResult) -> None:
+    base = sum(f.stat().st_size for f in atlas_folder().glob("*.safetensors"))
+    assert edited.delta.nbytes < base / 20
