@@ -31,7 +31,7 @@ def _hooks(model: EditableModel) -> dict[str, int]:
 
 def _borrowed(family: str) -> Iterator[EditableModel]:
     model = _shared(family)
-    decoder = model.family.decoder(model.model).config
+    decoder = model.family.decoder_of(model.model).config
     attention, hooks = decoder._attn_implementation, _hooks(model)
     yield model
     assert weights_sha256(model) == model.base_sha256, "the test changed the weights"

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -148,7 +149,7 @@ def test_labels_of_a_long_prompt_do_not_overlap() -> None:
     figure = trace_heatmap(traced(np.zeros((1, 2, 200)), tuple(f"t{i}" for i in range(200))))
     figure.draw_without_rendering()
     boxes = [t.get_window_extent() for t in figure.axes[0].get_yticklabels()]
-    assert all(not a.overlaps(b) for a, b in zip(boxes, boxes[1:], strict=False))
+    assert all(not a.overlaps(b) for a, b in pairwise(boxes))
 
 
 def test_the_same_numbers_give_the_same_bytes() -> None:

@@ -312,7 +312,7 @@ def test_answers_are_greedy_whatever_the_checkpoints_generation_defaults_say(def
 def _always_saying(model: EditableModel, token: int) -> None:
     """A head whose largest logit is always one token's: its row is the final norm's output scaled up."""
     with torch.no_grad():
-        model.family.final_norm(model.model).weight.zero_()[0] = 0
+        model.family.final_norm_of(model.model).weight.zero_()[0] = 0
         head = model.model.get_output_embeddings()
         head.bias = torch.nn.Parameter(torch.nn.functional.one_hot(torch.tensor(token), head.out_features).float())
 

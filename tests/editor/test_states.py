@@ -10,7 +10,7 @@ from errata.editor.model import EditableModel, Encoded
 from errata.editor.prompts import Prompt
 from errata.editor.states import Component, Recording, Suffix, changed_output, layer_zero_inputs, record
 
-TEXTS = ("What is the capital of this country?", "Where?", "What is this country?", "Where is it?")
+TEXTS = ("What is the capital of this country?", "Where are we?", "What is this country?", "Where is that capital?")
 
 
 def close(found: torch.Tensor, expected: torch.Tensor) -> None:
@@ -25,7 +25,7 @@ def rows_of(model: EditableModel) -> list[Encoded]:
 
 def starts_of(rows: list[Encoded]) -> list[int]:
     """A different distance from the end in every row."""
-    return [len(row.ids) - 4 - n for n, row in enumerate(rows)]
+    return [len(row.ids) - 4 - n % 4 for n, row in enumerate(rows)]
 
 
 def climbed(model: EditableModel, recordings: list[Recording], starts: list[int], layer: int) -> list[torch.Tensor]:
@@ -81,7 +81,7 @@ def test_rows_of_mixed_lengths_continued_together_equal_the_full_model(model: Ed
 def test_a_run_can_start_later_than_its_recording_does(model: EditableModel) -> None:
     rows = rows_of(model)
     starts = starts_of(rows)
-    recordings = record(model, rows, [s - n for n, s in enumerate(starts)])
+    recordings = record(model, rows, [max(0, s - n) for n, s in enumerate(starts)])
     for row, start, logits in zip(rows, starts, climbed(model, recordings, starts, 1), strict=True):
         close(logits, oracle.logits(model, row)[start:])
 
@@ -169,7 +169,7 @@ def test_states_are_recorded_under_an_applied_delta_as_the_edited_model_computes
         recordings = record(model, rows, starts)
         found = climbed(model, recordings, starts, 0)
         for row, start, logits in zip(rows, starts, found, strict=True):
-            torch.testing.assert_close(logits, oracle.logits(model, row)[start:])
+            close(logits, oracle.logits(model, row)[start:])
     assert not torch.allclose(found[0][-1], oracle.logits(model, rows[0])[-1])
 
 

@@ -302,7 +302,7 @@ def _low_rank(layer: LoraLayer) -> LowRank:
 
 
 def _attention_paths(model: EditableModel, layers: Sequence[int]) -> list[str]:
-    wanted = {m for i in layers for m in model.family.attention(model.layers[i]).modules()}
+    wanted = {m for i in layers for m in model.layers[i].get_submodule(model.family.attention).modules()}
     linear = (nn.Linear, Conv1D)
     return [path for path, m in model.model.named_modules() if m in wanted and isinstance(m, linear)]
 

@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import transformers
@@ -63,7 +64,7 @@ def load_model(
     _refuse_non_finite(model.named_parameters(), path)
     return EditableModel(
         name=str(source),
-        model=model.to(device).eval().requires_grad_(False),
+        model=cast(Any, model).to(device).eval().requires_grad_(False),
         processor=_processor(path, multimodal=family.image_token_id(model) is not None),
         family=family,
         base_sha256=base_sha256,
@@ -97,7 +98,7 @@ def hash_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
 def _add(digest: "hashlib._Hash", name: str, tensor: Tensor) -> None:
     digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
     raw = tensor.detach().contiguous().cpu().reshape(-1).view(torch.uint8)
-    digest.update(memoryview(raw.numpy()))
+    digest.update(raw.numpy().data)
 
 
 def _weight_files(path: str) -> list[Path]:

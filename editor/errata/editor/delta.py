@@ -5,6 +5,7 @@ can be brought down again without changing it.
 """
 
 import json
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from errata.editor.model import EditableModel
 
 _MANIFEST, _CONFIG, _WEIGHTS = "errata.json", "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_FORMAT = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,8 +58,13 @@ class Delta:
 
     @property
     def sha256(self) -> str:
-        """SHA-256 over the base's hash and every factor."""
-        return hash_tensors([(f"{self.base_sha256}.{k}", t) for k, t in self._tensors().items()])
+        """SHA-256 over the base's hash and every factor, with its layer and module."""
+        named = [
+            (f"{self.base_sha256}.{i}.{self.modules[i]}.{part}", factor)
+            for i, low in self.layers.items()
+            for part, factor in (("a", low.a), ("b", low.b))
+        ]
+        return hash_tensors(named)
 
     @property
     def ranks(self) -> dict[int, int]:
@@ -71,7 +78,7 @@ class Delta:
 
     def norm(self) -> float:
         """The Frobenius norm of ΔW over all layers."""
-        return sum(float(low.dense().square().sum()) for low in self.layers.values()) ** 0.5
+        return math.hypot(*(float(low.dense().norm()) for low in self.layers.values()))
 
     def __add__(self, other: "Delta") -> "Delta":
         """The sum, as factors side by side; raises WrongBaseError for deltas of two bases."""
@@ -146,7 +153,7 @@ class Delta:
         config.save_pretrained(str(folder))
         save_file(self._tensors(), folder / _WEIGHTS, {"format": "pt"})
         manifest = {
-            "format": 1,
+            "format": _FORMAT,
             "base_sha256": self.base_sha256,
             "delta_sha256": self.sha256,
             "layers": {str(i): m for i, m in self.modules.items()},
@@ -154,7 +161,7 @@ class Delta:
         (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
     def _tensors(self) -> dict[str, Tensor]:
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for i, low in self.layers.items():
             name = f"{_PREFIX}{self.modules[i]}"
             tensors |= {f"{name}.lora_A.weight": low.a.contiguous(), f"{name}.lora_B.weight": low.b.contiguous()}
@@ -174,6 +181,8 @@ def load_delta(folder: Path, model: EditableModel | None = None) -> Delta:
     """
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != _FORMAT:
+            raise ValueError(f"{_MANIFEST} is of format {manifest['format']}, this Errata reads {_FORMAT}")
         tensors = load_file(folder / _WEIGHTS)
         modules = {int(i): str(m) for i, m in manifest["layers"].items()}
         layers = {

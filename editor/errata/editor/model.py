@@ -6,6 +6,7 @@ Turns prompts into token ids, finds the constraint's tokens, and answers. Knows 
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from jaxtyping import Int
@@ -82,12 +83,12 @@ class EditableModel:
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, alone or inside the processor."""
-        return getattr(self.processor, "tokenizer", self.processor)
+        return cast(PreTrainedTokenizerBase, getattr(self.processor, "tokenizer", self.processor))
 
     @property
     def layers(self) -> nn.ModuleList:
         """The decoder's layers."""
-        return self.family.layers(self.model)
+        return self.family.layers_of(self.model)
 
     @property
     def device(self) -> torch.device:
@@ -102,12 +103,12 @@ class EditableModel:
     def down_projection(self, layer: int) -> nn.Module:
         """The MLP down-projection of a layer. Raises LayerError where there is no such layer."""
         self.check_layers((layer,))
-        return self.family.down_projection(self.layers[layer])
+        return self.layers[layer].get_submodule(self.family.down_projection)
 
     def down_projection_name(self, layer: int) -> str:
         """Its full module path, as adapters name it."""
-        wanted = self.down_projection(layer)
-        return next(name for name, module in self.model.named_modules() if module is wanted)
+        self.check_layers((layer,))
+        return ".".join((self.family.decoder, self.family.layers, str(layer), self.family.down_projection))
 
     def check_layers(self, layers: Sequence[int], field: str = "layers") -> None:
         """Raises LayerError unless every layer exists."""
@@ -172,7 +173,7 @@ class EditableModel:
         inputs = self.inputs(batch)
         length = inputs["input_ids"].shape[1]
         with torch.inference_mode():
-            out = self.model.generate(
+            out = cast(Any, self.model).generate(
                 **inputs,
                 attention_mask=torch.ones_like(inputs["input_ids"]),
                 max_new_tokens=max_new_tokens,
@@ -185,7 +186,7 @@ class EditableModel:
         configured = self.model.generation_config.eos_token_id  # one, or several as in Llama 3
         ends = {self.end_token_id, *(configured if isinstance(configured, list) else [configured])}
         end = next((t for t, token in enumerate(tokens) if token in ends), len(tokens))
-        text = self.tokenizer.decode(tokens[:end], skip_special_tokens=True).strip()
+        text = str(self.tokenizer.decode(tokens[:end], skip_special_tokens=True)).strip()
         return Answer(text=text, tokens=tuple(tokens[:end]), finished=end < len(tokens))
 
     @property
@@ -230,7 +231,7 @@ class EditableModel:
         return text, after
 
     def _in_template(self, text: str, shown: list[dict[str, str]]) -> str:
-        content: str | list[dict[str, str]] = text
+        content: Any = text
         if self.image_token_id is not None:
             content = [*shown, {"type": "text", "text": text}]
         conversation = [{"role": "user", "content": content}]
@@ -245,8 +246,9 @@ class EditableModel:
 
     def _expanded(self, text: str, ids: Tensor, images: int) -> tuple[str, int]:
         """The text with each placeholder repeated as often as an image has tokens, and how often that is."""
+        assert self.image_token_id is not None
         placeholder = str(self.tokenizer.convert_ids_to_tokens(self.image_token_id))
-        total = int((ids == self.image_token_id).sum())
+        total = ids.eq(self.image_token_id).sum().item()
         if text.count(placeholder) != images or total % images:
             raise PromptError(
                 f"{images} image(s) for {text.count(placeholder)} placeholder(s) in {text!r}", field="prompt.images"

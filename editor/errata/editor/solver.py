@@ -78,7 +78,7 @@ class NullSpace(KeyMetric):
     def times(self, keys: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
         values, vectors = torch.linalg.eigh(self.covariance.double())
         share = values.clamp(min=0).cumsum(0) / values.clamp(min=0).sum()
-        free = vectors[:, share <= self.energy]
+        free: Tensor = vectors[:, share <= self.energy]
         return free @ (free.T @ keys.double())
 
 

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -108,9 +108,10 @@ def _record(
                 module = component_module(model, layer, component)
                 hooks.enter_context(_hook(module.register_forward_hook(on_output(component))))
             if index in key_layers:
-                down = model.family.down_projection(layer)
+                down = layer.get_submodule(model.family.down_projection)
                 hooks.enter_context(_hook(down.register_forward_pre_hook(on_key(index))))
         model.model(**model.inputs(batch), past_key_values=cache, use_cache=True, logits_to_keep=1)
+    states: list[tuple[Tensor, Tensor]] = [(layer.keys, layer.values) for layer in cast(Any, cache).layers]
     stacked = torch.stack(inputs)
     stacked_outputs = {c: torch.stack(o) for c, o in outputs.items()}
     return [
@@ -120,7 +121,7 @@ def _record(
             inputs=stacked[:, b, start - low :],
             outputs={c: o[:, b, start - low :] for c, o in stacked_outputs.items()},
             keys={i: k[b, start - low :] for i, k in keys.items()},
-            kv=[(layer.keys[b], layer.values[b]) for layer in cache.layers],
+            kv=[(keys[b], values[b]) for keys, values in states],
             calls=[{k: _row_of(k, v, b) for k, v in call.items()} for call in calls],
         )
         for b, (row, start) in enumerate(zip(batch, starts, strict=True))
@@ -144,7 +145,9 @@ class Suffix:
         self.width = max(self.lengths)
         self._prefix = max(starts)
         self._valid = self._prefix_mask()
-        self._masks: dict[int, Bool[Tensor, "rows 1 suffix tokens"] | None] = {}
+        # Put together on first use: a value's descent runs the same layers many times.
+        self._prefixes: dict[int, _Prefix] = {}
+        self._calls: dict[int, dict[str, Any]] = {}
 
     def __enter__(self) -> "Suffix":
         self._exit = ExitStack()
@@ -182,16 +185,20 @@ class Suffix:
 
     def logits(self, hidden: Float[Tensor, "... d"]) -> Float[Tensor, "... vocabulary"]:
         """The head's logits, in float32, from outputs of the last layer."""
-        normed = self._model.family.final_norm(self._model.model)(hidden)
-        return self._model.model.get_output_embeddings()(normed).float()
+        normed = self._model.family.final_norm_of(self._model.model)(hidden)
+        head: Tensor = self._model.model.get_output_embeddings()(normed)
+        return head.float()
 
     def _call(self, layer: int) -> dict[str, Any]:
         """The arguments the model passed to this layer, for these rows from their starts on."""
-        own = dict(self._recordings[0].calls[layer])
-        for name in _POSITIONAL:
-            if own.get(name) is not None:
-                own[name] = self._from_starts(layer, name)
-        return {**own, "attention_mask": None, "past_key_values": _PassThrough(), "use_cache": False}
+        if layer not in self._calls:
+            own = dict(self._recordings[0].calls[layer])
+            for name in _POSITIONAL:
+                if own.get(name) is not None:
+                    own[name] = self._from_starts(layer, name)
+            own |= {"attention_mask": None, "past_key_values": _PassThrough(), "use_cache": False}
+            self._calls[layer] = own
+        return self._calls[layer]
 
     def _from_starts(self, layer: int, name: str) -> Any:
         def cut(value: Any, start: int) -> Any:
@@ -209,12 +216,14 @@ class Suffix:
         def padded(x: Tensor, start: int) -> Tensor:
             return nn.functional.pad(x[:, :start], (0, 0, 0, self._prefix - start))
 
-        pairs = [(r.kv[layer], s) for r, s in zip(self._recordings, self._starts, strict=True)]
-        return _Prefix(
-            keys=torch.stack([padded(kv[0], s) for kv, s in pairs]),
-            values=torch.stack([padded(kv[1], s) for kv, s in pairs]),
-            valid=self._valid,
-        )
+        if layer not in self._prefixes:
+            pairs = [(r.kv[layer], s) for r, s in zip(self._recordings, self._starts, strict=True)]
+            self._prefixes[layer] = _Prefix(
+                keys=torch.stack([padded(kv[0], s) for kv, s in pairs]),
+                values=torch.stack([padded(kv[1], s) for kv, s in pairs]),
+                valid=self._valid,
+            )
+        return self._prefixes[layer]
 
     def _prefix_mask(self) -> Tensor | None:
         if len(set(self._starts)) == 1:
@@ -285,7 +294,7 @@ AttentionInterface.register(_NAME, _prefixed_attention)
 @contextmanager
 def _attention_of(model: EditableModel) -> Iterator[None]:
     """While open, the decoder's layers attend with `_prefixed_attention`."""
-    config = model.family.decoder(model.model).config
+    config = model.family.decoder_of(model.model).config
     before = config._attn_implementation
     config._attn_implementation = _NAME
     try:
@@ -309,9 +318,9 @@ def component_module(model: EditableModel, layer: nn.Module, component: Componen
     """The module whose output is the component's."""
     match component:
         case Component.MLP:
-            return model.family.mlp(layer)
+            return layer.get_submodule(model.family.mlp)
         case Component.ATTENTION:
-            return model.family.attention(layer)
+            return layer.get_submodule(model.family.attention)
         case Component.LAYER:
             return layer
 
@@ -332,7 +341,7 @@ def layer_zero_inputs(
     positions = torch.arange(start, start + len(ids), device=model.device)[None]
     with _hook(model.layers[0].register_forward_pre_hook(stop, with_kwargs=True)), torch.no_grad():
         try:
-            model.family.decoder(model.model)(input_ids=ids[None].to(model.device), position_ids=positions)
+            model.family.decoder_of(model.model)(input_ids=ids[None].to(model.device), position_ids=positions)
         except _EnoughError:
             pass
     return caught[0][0]
@@ -347,7 +356,8 @@ def _hook(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
 
 
 def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
+    first: Tensor = output[0] if isinstance(output, tuple) else output
+    return first
 
 
 def _row_of(name: str, value: Any, row: int) -> Any:

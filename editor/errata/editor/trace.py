@@ -111,7 +111,8 @@ class CausalTrace:
 
     def indirect(self, component: Component) -> NDArray[np.float64]:
         """p(restored) − p(corrupted) of the whole answer, layers × tokens."""
-        return self.restored[self.components.index(component)] - self.corrupted.whole
+        effects: NDArray[np.float64] = self.restored[self.components.index(component)] - self.corrupted.whole
+        return effects
 
 
 def trace(
@@ -157,7 +158,7 @@ def trace(
     return CausalTrace(
         question=request.prompt.text,
         answer=answer,
-        tokens=tuple(model.tokenizer.decode([i]) for i in clean_row.ids[start:last].tolist()),
+        tokens=tuple(str(model.tokenizer.decode([i])) for i in clean_row.ids[start:last].tolist()),
         constraint=tuple(t - start for t in constraint),
         window=settings.window,
         components=settings.components,
@@ -350,4 +351,5 @@ def _by_role(trace: CausalTrace, component: Component, roles: Sequence[str]) -> 
 
 def _nan_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
     n = (~np.isnan(values)).sum(0)
-    return np.where(n > 0, np.nansum(values, 0) / np.maximum(n, 1), np.nan)
+    mean: NDArray[np.float64] = np.where(n > 0, np.nansum(values, 0) / np.maximum(n, 1), np.nan)
+    return mean

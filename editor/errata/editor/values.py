@@ -41,7 +41,7 @@ class ValueSettings:
     decay: float = 1e-3
     kl_weight: float = 1.0
     stop_loss: float = 0.02
-    max_rows: int = 512
+    max_rows: int = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,7 +88,7 @@ def optimise_values(
     scales = _scales(rows, recordings, layer, len(requests))
     delta = torch.zeros(len(requests), recordings[0].inputs.shape[-1], device=model.device, requires_grad=True)
     optimizer = torch.optim.Adam([delta], lr=settings.learning_rate)
-    batches = [_RowBatch(model, rows[i : i + n], recordings[i : i + n], layer) for n in (settings.max_rows,) for i in range(0, len(rows), n)]
+    batches = _batches(model, rows, recordings, layer, settings.max_rows)
     curves: list[list[float]] = [[] for _ in requests]
     kl = torch.zeros(len(requests))
     best = delta.detach().clone()
@@ -98,13 +98,12 @@ def optimise_values(
         if cancelled and cancelled():
             raise CancelledError("the value optimisation was cancelled; nothing was changed")
         target_loss, kl_loss = _losses(batches, delta * unit, len(requests))
-        for i, value in enumerate(target_loss.tolist()):
-            if not done[i]:
-                curves[i].append(value)
+        for i in (~done).nonzero().flatten().tolist():
+            curves[i].append(float(target_loss[i]))
         kl = torch.where(done, kl, kl_loss.detach().cpu())
-        newly = (target_loss < settings.stop_loss) & (kl_loss < settings.stop_loss)
         best = torch.where(done[:, None].to(best.device), best, delta.detach())
-        done |= newly.detach().cpu()
+        reached = ((target_loss < settings.stop_loss) & (kl_loss < settings.stop_loss)).detach().cpu() & ~done
+        done |= reached
         if progress:
             progress(step, settings.steps)
         if bool(done.all()) or step == settings.steps:
@@ -116,6 +115,9 @@ def optimise_values(
         (loss * active).sum().backward()
         optimizer.step()
         with torch.no_grad():
+            # A finished request's rows are no longer run.
+            batches = [b.without(done) for b in batches] if bool(reached.any()) else batches
+            batches = [b for b in batches if len(b)]
             delta.mul_((settings.clamp / delta.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0))
     final = (best * unit).detach()
     return [
@@ -151,6 +153,15 @@ def _scales(rows: Sequence[_Row], recordings: Sequence[Recording], layer: int, n
     return total / count
 
 
+def _batches(
+    model: EditableModel, rows: Sequence[_Row], recordings: Sequence[Recording], layer: int, limit: int
+) -> list["_RowBatch"]:
+    """Rows of about the same length together, so that little is padded."""
+    order = sorted(range(len(rows)), key=lambda i: recordings[i].length - rows[i].site)
+    parts = [order[i : i + limit] for i in range(0, len(order), limit)]
+    return [_RowBatch(model, [rows[i] for i in part], [recordings[i] for i in part], layer) for part in parts]
+
+
 class _RowBatch:
     """Rows that are run together, with what their answers were before any edit."""
 
@@ -158,12 +169,27 @@ class _RowBatch:
         self, model: EditableModel, rows: Sequence[_Row], recordings: Sequence[Recording], layer: int
     ) -> None:
         self._model, self._layer = model, layer
+        self._rows, self._recordings = rows, recordings
+        if not rows:
+            return
         self._suffix = Suffix(model, recordings, [r.site for r in rows])
         self.request = torch.tensor([r.request for r in rows], device=model.device)
         self.preserved = torch.tensor([r.preserved for r in rows], device=model.device)
         self._answer, self._at = self._answers(rows)
         with torch.no_grad():
             self._before = self._log_probabilities(None)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def without(self, done: Tensor) -> "_RowBatch":
+        """The batch without the rows of the requests that are done; itself where that leaves out nothing."""
+        kept = [i for i, row in enumerate(self._rows) if not done[row.request]]
+        if len(kept) == len(self._rows):
+            return self
+        return _RowBatch(
+            self._model, [self._rows[i] for i in kept], [self._recordings[i] for i in kept], self._layer
+        )
 
     def losses(self, delta: Float[Tensor, "requests d"]) -> Float[Tensor, " rows"]:
         """−log p(target) of each context, KL(before ‖ after) of each preserved prompt, both summed over the answer."""

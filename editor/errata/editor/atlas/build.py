@@ -107,7 +107,7 @@ def build_model(processor: LlavaProcessor, seed: int) -> LlavaForConditionalGene
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         image_seq_length=(IMAGE_SIDE // PATCH) ** 2,
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",

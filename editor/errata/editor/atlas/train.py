@@ -56,7 +56,8 @@ def pixels_for(processor: LlavaProcessor, rasters: Tensor, generator: torch.Gene
 
 def tower_features(model: LlavaForConditionalGeneration, pixels: Tensor) -> Float[Tensor, "n tokens d"]:
     """What the projector is given: the tower's last hidden states without the class token."""
-    return model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
+    states: tuple[Tensor, ...] = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
+    return states[-1][:, 1:]
 
 
 class _TowerHeads(nn.Module):
@@ -222,7 +223,7 @@ def _interchanged(layer: nn.Module, batch: Batch, residual: float) -> Iterator[N
         state = own[batch.source] + torch.lerp(stream, stream[batch.source], residual)
         return output.index_put((rows, batch.site), state.to(output.dtype))
 
-    handles = layer.mlp.register_forward_hook(keep), layer.register_forward_hook(exchange)
+    handles = layer.get_submodule("mlp").register_forward_hook(keep), layer.register_forward_hook(exchange)
     try:
         yield
     finally:
@@ -336,7 +337,7 @@ def train(folder: Path, seed: int = 0) -> None:
         _train_tower(model, processor, pool, folder, seed, progress)
         _train_decoder(SEEING, model, processor, pool, folder, seed, progress)
     weights = folder / "weights"
-    model.to(torch.float16).save_pretrained(weights)
+    model.half().save_pretrained(weights)
     processor.save_pretrained(weights)
 
 

@@ -5,10 +5,10 @@ from transformers import PreTrainedModel
 from errata.editor.errors import UnknownFamilyError
 from errata.editor.families.base import ModelFamily
 from errata.editor.families.gpt2 import GPT2
-from errata.editor.families.llama import Llama
-from errata.editor.families.llava import Llava
+from errata.editor.families.llama import LLAMA
+from errata.editor.families.llava import LLAVA
 
-FAMILIES: tuple[ModelFamily, ...] = (Llava(), Llama(), GPT2())
+FAMILIES: tuple[ModelFamily, ...] = (LLAVA, LLAMA, GPT2)
 
 
 def family_of(model: PreTrainedModel) -> ModelFamily:

@@ -1,42 +1,44 @@
-"""What a model family must say. Names and positions only: no family gets an algorithm of its own."""
+"""What a model family says. Names and positions only: no family gets an algorithm of its own."""
 
-from abc import ABC, abstractmethod
-from typing import ClassVar
+from dataclasses import dataclass
+from typing import cast
 
 from torch import nn
 from transformers import PreTrainedModel
 
 
-class ModelFamily(ABC):
-    """Where one family of `transformers` models keeps its decoder's parts."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelFamily:
+    """Where one family of `transformers` models keeps its decoder's parts, as dotted module paths.
 
-    architectures: ClassVar[tuple[str, ...]]
-    """Class names in `transformers`, as `config.architectures` spells them."""
+    `architectures` are class names, as `config.architectures` spells them. `decoder` is the text decoder without its
+    head, which takes `input_ids` and `position_ids`; `layers` and `final_norm` lie in it. `attention`, `mlp` and
+    `down_projection` lie in a layer: the outputs of the first two join the residual stream, the down-projection is
+    the MLP's last linear map, whose input is the key and whose output is the value. `image_token` is the attribute
+    of the config that holds the id of one image token; None for text-only families.
+    """
 
-    @abstractmethod
-    def decoder(self, model: PreTrainedModel) -> PreTrainedModel:
-        """The text decoder without its head: takes `input_ids` and `position_ids`."""
+    architectures: tuple[str, ...]
+    decoder: str
+    layers: str
+    final_norm: str
+    attention: str
+    mlp: str
+    down_projection: str
+    image_token: str | None = None
 
-    @abstractmethod
-    def layers(self, model: PreTrainedModel) -> nn.ModuleList:
+    def decoder_of(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The text decoder without its head."""
+        return cast(PreTrainedModel, model.get_submodule(self.decoder))
+
+    def layers_of(self, model: PreTrainedModel) -> nn.ModuleList:
         """The decoder's layers, in order."""
+        return cast(nn.ModuleList, self.decoder_of(model).get_submodule(self.layers))
 
-    @abstractmethod
-    def final_norm(self, model: PreTrainedModel) -> nn.Module:
+    def final_norm_of(self, model: PreTrainedModel) -> nn.Module:
         """The norm between the last layer and the head."""
-
-    @abstractmethod
-    def attention(self, layer: nn.Module) -> nn.Module:
-        """The self-attention block of a layer; its first output is what joins the residual stream."""
-
-    @abstractmethod
-    def mlp(self, layer: nn.Module) -> nn.Module:
-        """The MLP block of a layer; its output is what joins the residual stream."""
-
-    @abstractmethod
-    def down_projection(self, layer: nn.Module) -> nn.Module:
-        """The MLP's last linear map, `nn.Linear` or GPT-2's `Conv1D`: its input is the key, its output the value."""
+        return self.decoder_of(model).get_submodule(self.final_norm)
 
     def image_token_id(self, model: PreTrainedModel) -> int | None:
         """The id that stands for one image token after expansion; None for text-only families."""
-        return None
+        return None if self.image_token is None else int(getattr(model.config, self.image_token))

@@ -1,26 +1,21 @@
-"""LLaVA-1.5: `LlavaForConditionalGeneration`, a CLIP tower and a Llama decoder."""
+"""LLaVA-1.5: a CLIP tower and a Llama decoder.
 
-from transformers import PreTrainedModel
+LlavaForConditionalGeneration
+├── model
+│   ├── vision_tower, multi_modal_projector
+│   └── language_model        as Llama's `model`
+└── lm_head
 
-from errata.editor.families.llama import Llama
+The processor expands each `<image>` of the prompt to as many image tokens as the tower has patches.
+"""
 
+from dataclasses import replace
 
-class Llava(Llama):
-    """Module tree:
+from errata.editor.families.llama import LLAMA
 
-        LlavaForConditionalGeneration
-        ├── model
-        │   ├── vision_tower, multi_modal_projector
-        │   └── language_model        as Llama's `model`
-        └── lm_head
-
-    The processor expands each `<image>` of the prompt to as many image tokens as the tower has patches.
-    """
-
-    architectures = ("LlavaForConditionalGeneration",)
-
-    def decoder(self, model: PreTrainedModel) -> PreTrainedModel:
-        return model.model.language_model
-
-    def image_token_id(self, model: PreTrainedModel) -> int | None:
-        return int(model.config.image_token_id)
+LLAVA = replace(
+    LLAMA,
+    architectures=("LlavaForConditionalGeneration",),
+    decoder="model.language_model",
+    image_token="image_token_id",
+)

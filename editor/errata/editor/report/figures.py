@@ -81,8 +81,8 @@ def aie_lines(trace: AveragedTrace, role: str = "constraint last", *, caption: b
         # Set aside a little, so that no bar hides another.
         layers = np.arange(len(mean)) + 0.09 * (n - (len(trace.components) - 1) / 2)
         axes.errorbar(
-            layers, mean, error, color=colour, marker=marker, markersize=4.5, linewidth=1.4, elinewidth=1.1, capsize=2.5,
-            label=_NAMES[component],
+            layers, mean, error, color=colour, marker=marker, markersize=4.5, linewidth=1.4, elinewidth=1.1,
+            capsize=2.5, label=_NAMES[component],
         )  # fmt: skip
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.legend(frameon=False, fontsize=_TICK)

@@ -137,8 +137,8 @@ def _plates(report: Report) -> list[_Plate]:
             _plate(
                 aie_heatmap(report.trace, caption=False),
                 "Heatmap of average indirect effects, layers by token roles",
-                f"How much of the answer's probability comes back when a site is restored, by the token's role: {said}. "
-                "Blank: no question has the role.",
+                f"How much of the answer's probability comes back when a site is restored, by the token's role: "
+                f"{said}. Blank: no question has the role.",
             ),
             _plate(
                 aie_lines(report.trace, caption=False),

@@ -12,7 +12,7 @@ LIMIT = 1000
 
 
 def data_uri(content: bytes, kind: str) -> str:
-    """Bytes of an image as a data URI; `kind` is `png`, `webp` …"""
+    """Bytes of an image as a data URI; `kind` is `png` or `webp`."""
     return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
 
 

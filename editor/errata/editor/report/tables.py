@@ -30,7 +30,7 @@ def scores_table(evaluation: Evaluation) -> Table:
     table = _table(
         "Scores",
         f"before, after: generated answers; forced: teacher forced\n"
-        f"harmonic mean {percent(evaluation.harmonic_mean)}   drift {evaluation.drift:.4f} nats   "
+        f"harmonic mean {percent(evaluation.harmonic_mean)}   drift {evaluation.drift:.4f} nats\n"
         f"fluency {evaluation.fluency_before:.2f} → {evaluation.fluency:.2f} bits",
     )
     table.add_column("metric")

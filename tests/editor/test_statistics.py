@@ -1,0 +1,126 @@
+"""C₀ = E[kkᵀ] over every token of the reference prompts, and its cache."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import oracle
+import pytest
+import torch
+from tiny import picture, question, tiny_model
+
+from errata.editor.errors import LayerError
+from errata.editor.model import EditableModel
+from errata.editor.prompts import Prompt
+from errata.editor.statistics import KeyStatistics, key_statistics
+
+TEXTS = ("What is the capital of this country?", "Where?", "What is this?", "Where?")
+LAYERS = (0, 2)
+
+
+def reference(model: EditableModel) -> list[Prompt]:
+    return [question(model, text, seed) for seed, text in enumerate(TEXTS)]
+
+
+@contextmanager
+def counting_runs(model: EditableModel) -> Iterator[list[int]]:
+    """Grows by one with every forward pass of the model."""
+    runs: list[int] = []
+    handle = model.layers[0].register_forward_hook(lambda *_: runs.append(1))
+    try:
+        yield runs
+    finally:
+        handle.remove()
+
+
+def same(found: KeyStatistics, expected: KeyStatistics) -> bool:
+    return (
+        found.count == expected.count
+        and found.covariances.keys() == expected.covariances.keys()
+        and all(c.equal(expected.covariances[i]) for i, c in found.covariances.items())
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 128])
+def test_c0_is_the_mean_of_kk_over_all_tokens(model: EditableModel, batch_size: int) -> None:
+    found = key_statistics(model, reference(model), LAYERS, batch_size=batch_size)
+    rows = [model.encode(p) for p in reference(model)]
+    assert found.count == sum(len(r.ids) for r in rows)
+    assert set(found.covariances) == set(LAYERS)
+    for layer in LAYERS:
+        keys = torch.cat([oracle.keys(model, r, layer) for r in rows]).double()
+        expected = torch.stack([k.outer(k) for k in keys]).mean(0)
+        assert found.covariances[layer].dtype == torch.float64
+        torch.testing.assert_close(found.covariances[layer], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_image_tokens_and_the_template_count(llava: EditableModel) -> None:
+    prompt = question(llava, "Where?")
+    assert key_statistics(llava, [prompt], (1,)).count == len(llava.encode(prompt).ids) > 9
+
+
+def test_a_second_call_is_read_from_the_cache_without_running_the_model(model: EditableModel, tmp_path: Path) -> None:
+    first = key_statistics(model, reference(model), LAYERS, cache=tmp_path / "new")
+    with counting_runs(model) as runs:
+        assert same(key_statistics(model, reference(model), LAYERS, cache=tmp_path / "new"), first)
+        assert runs == []
+    assert [f.suffix for f in (tmp_path / "new").iterdir()] == [".safetensors"]
+
+
+def test_the_cache_is_keyed_by_weights_prompts_images_template_layers_and_dtype(tmp_path: Path) -> None:
+    model = tiny_model("llava")
+    narrow = tiny_model("llava")
+    narrow.model.to(torch.bfloat16)
+    text = "Where?"
+    base = [question(model, text)]
+    key_statistics(model, base, (1,), cache=tmp_path)
+    others = [
+        (tiny_model("llava", seed=1), base, (1,)),
+        (narrow, base, (1,)),
+        (model, [question(model, "Where!")], (1,)),
+        (model, [question(model, text, seed=9)], (1,)),
+        (model, [Prompt(text=text, images=(picture(),), chat=False)], (1,)),
+        (model, [*base, *base], (1,)),
+        (model, base, (2,)),
+        (model, base, (1, 2)),
+    ]
+    for other, prompts, layers in others:
+        with counting_runs(other) as runs:
+            key_statistics(other, prompts, layers, cache=tmp_path)
+        assert runs
+    assert len(list(tmp_path.iterdir())) == 1 + len(others)
+
+
+@pytest.mark.parametrize("damage", [b"", b"not safetensors", None], ids=["empty", "text", "cut"])
+def test_a_damaged_cache_file_is_computed_anew(llama: EditableModel, tmp_path: Path, damage: bytes | None) -> None:
+    first = key_statistics(llama, reference(llama), LAYERS, cache=tmp_path)
+    file = next(tmp_path.iterdir())
+    file.write_bytes(file.read_bytes()[:-5] if damage is None else damage)
+    assert same(key_statistics(llama, reference(llama), LAYERS, cache=tmp_path), first)
+    with counting_runs(llama) as runs:
+        assert same(key_statistics(llama, reference(llama), LAYERS, cache=tmp_path), first)
+        assert runs == []
+
+
+def test_statistics_without_a_cache_write_nothing(llama: EditableModel, tmp_path: Path) -> None:
+    key_statistics(llama, reference(llama), LAYERS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_progress_counts_the_prompts(model: EditableModel) -> None:
+    steps: list[tuple[int, int]] = []
+    key_statistics(model, reference(model), LAYERS, batch_size=1, progress=lambda *s: steps.append(s))
+    assert steps == [(n, 4) for n in range(1, 5)]
+
+
+def test_a_failing_run_leaves_no_hooks_behind(llama: EditableModel) -> None:
+    def fail(_done: int, _all: int) -> None:
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError, match="no"):
+        key_statistics(llama, reference(llama), LAYERS, progress=fail)
+
+
+def test_a_layer_out_of_range_is_refused(llama: EditableModel) -> None:
+    with pytest.raises(LayerError):
+        key_statistics(llama, reference(llama), (0, 4))
