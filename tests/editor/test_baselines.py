@@ -12,7 +12,6 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny import context, random_delta, tiny_model, weights_sha256
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from errata.editor.baselines import (
     BaselineResult,
@@ -39,7 +38,7 @@ ATTENTION = replace(LORA, attention=True)
 Train = Callable[..., BaselineResult]
 TRAINERS = {
     "FT": partial(fine_tune, settings=FT),
-    "FT-L": partial(fine_tune, settings=replace(FT, bound=0.5)),
+    "FT-L": partial(fine_tune, settings=replace(FT, bound=1.0)),
     "LoRA": partial(fine_tune_lora, settings=LORA),
     "LoRA with attention": partial(fine_tune_lora, settings=ATTENTION),
 }
@@ -281,8 +280,6 @@ def test_a_baseline_trains_on_its_parent(model: EditableModel, train: Train) -> 
     assert result.losses[0] == pytest.approx(there, rel=1e-4)
     with applied(model, parent), result.applied(model):
         assert float(loss_by_hand(model).detach()) == pytest.approx(result.losses[-1], rel=1e-3)
-    with result.applied(model):
-        assert float(loss_by_hand(model).detach()) > result.losses[-1]
 
 
 def test_a_parent_of_another_base_is_refused(llama: EditableModel, train: Train) -> None:
@@ -357,7 +354,3 @@ def test_settings_that_mean_nothing_are_refused() -> None:
         FineTuneSettings(layers=(1,), bound=0.0)
     with pytest.raises(InvalidInputError, match="rank"):
         LoraSettings(layers=(1,), rank=0)
-
-
-def test_conv1d_families_are_covered(gpt2: EditableModel) -> None:
-    assert isinstance(gpt2.down_projection(0), Conv1D)

@@ -60,7 +60,13 @@ def load_model(
     weights = _weight_files(path)
     base_sha256 = hash_files(weights)
     cls: type[PreTrainedModel] = getattr(transformers, architecture)
-    model = cls.from_pretrained(path, dtype=dtype, use_safetensors=True)
+    try:
+        model, loading = cls.from_pretrained(path, dtype=dtype, use_safetensors=True, output_loading_info=True)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelError(f"the weights at {path!r} do not fit {architecture}: {error}") from error
+    if missing := sorted(loading["missing_keys"]):
+        # transformers would go on with random numbers in their place.
+        raise ModelError(f"{path!r} lacks {len(missing)} of the tensors of {architecture}: {', '.join(missing[:3])} …")
     _refuse_non_finite(model.named_parameters(), path)
     return EditableModel(
         name=str(source),
@@ -78,7 +84,7 @@ def hash_files(weights: Iterable[Path]) -> str:
         try:
             with safe_open(path, "pt") as file:
                 tensors |= dict.fromkeys(file.keys(), path)
-        except SafetensorError as error:
+        except (OSError, SafetensorError) as error:
             raise ModelError(f"{path} is not a readable safetensors file: {error}; fetch it again") from error
     digest = hashlib.sha256()
     for name in sorted(tensors):
@@ -111,7 +117,10 @@ def _weight_files(path: str) -> list[Path]:
     if single := find("model.safetensors"):
         return [Path(single)]
     if index := find("model.safetensors.index.json"):
-        shards, _ = get_checkpoint_shard_files(path, index)
+        try:
+            shards, _ = get_checkpoint_shard_files(path, index)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"the index of the shards at {path!r} cannot be read: {error}; fetch it again") from error
         return [Path(s) for s in shards]
     pickled = next((n for n in ("pytorch_model.bin", "pytorch_model.bin.index.json") if find(n)), None)
     if pickled:

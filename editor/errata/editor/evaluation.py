@@ -14,7 +14,7 @@ from enum import StrEnum
 import numpy as np
 import torch
 
-from errata.editor.model import EditableModel, Encoded, by_length
+from errata.editor.model import EditableModel, Encoded, by_length, same_answer
 from errata.editor.prompts import Prompt
 
 
@@ -109,7 +109,7 @@ class Evaluation:
                         n=len(rows),
                         before=float(np.mean([r.passed_before for r in rows])),
                         after=float(np.mean([r.passed for r in rows])),
-                        forced=float(np.mean([r.forced for r in rows])),
+                        forced=_mean([r.forced for r in rows]),
                     )
                 )
         return tuple(found)
@@ -137,7 +137,7 @@ class Evaluation:
                     "before": s.before,
                     "after": s.after,
                     "interval95": list(s.interval),
-                    "teacher_forced": s.forced,
+                    "teacher_forced": None if math.isnan(s.forced) else s.forced,
                 }
                 for s in self.scores
             ],
@@ -151,20 +151,17 @@ class Evaluation:
                     "before": r.before,
                     "after": r.after,
                     "passed": r.passed,
-                    "teacher_forced": r.forced,
+                    "teacher_forced": None if math.isnan(r.forced) else r.forced,
                 }
                 for r in self.results
             ],
         }
 
 
-def same_answer(a: str, b: str) -> bool:
-    """Whether two answers are the same but for case, outer spaces and a closing full stop."""
-
-    def plain(text: str) -> str:
-        return text.strip().rstrip(".").casefold()
-
-    return plain(a) == plain(b)
+def _mean(shares: Sequence[float]) -> float:
+    """The mean without the NaN of probes whose expected answer is empty; NaN where that are all."""
+    known = [s for s in shares if not math.isnan(s)]
+    return float(np.mean(known)) if known else math.nan
 
 
 def evaluate(

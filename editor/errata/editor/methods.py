@@ -14,8 +14,7 @@ from torch import Tensor
 
 from errata.editor.delta import Delta, LowRank, applied, empty_delta
 from errata.editor.errors import ConflictingRequestsError, InvalidInputError, NoOpEditError
-from errata.editor.evaluation import same_answer
-from errata.editor.model import EditableModel
+from errata.editor.model import EditableModel, same_answer
 from errata.editor.requests import EditRequest, check_batch
 from errata.editor.solver import Identity, InverseCovariance, KeyMetric, NullSpace, solve_edit
 from errata.editor.states import Component, Recording, record
@@ -185,7 +184,7 @@ def _at_constraints(model: EditableModel, requests: Sequence[EditRequest], layer
     contexts = [c for r in requests for c in r.contexts]
     rows = [model.encode(c.prompt) for c in contexts]
     sites = [e.positions(*c.constraint.span(c.prompt.text))[-1] for e, c in zip(rows, contexts, strict=True)]
-    found = iter(record(model, rows, sites, components=(Component.LAYER,), key_layers=(layer,)))
+    found = iter(record(model, rows, sites, components=(Component.LAYER, Component.MLP), key_layers=(layer,)))
     return [[next(found) for _ in r.contexts] for r in requests]
 
 
@@ -194,8 +193,12 @@ def _output(recording: Recording, layer: int) -> Float[Tensor, " d"]:
 
 
 def _wanted(recordings: Sequence[Sequence[Recording]], values: Sequence[Value], layer: int) -> list[list[Tensor]]:
-    """What each context's residual stream should be after the last edited layer."""
-    return [[_output(r, layer) + v.delta.double() for r in rs] for rs, v in zip(recordings, values, strict=True)]
+    """What each context's residual stream should be after the last edited layer: as if its MLP had put out v*."""
+
+    def wanted(r: Recording, v: Value) -> Tensor:
+        return _output(r, layer) - r.outputs[Component.MLP][layer, 0].double() + v.value.double()
+
+    return [[wanted(r, v) for r in rs] for rs, v in zip(recordings, values, strict=True)]
 
 
 def _solve(
@@ -206,9 +209,10 @@ def _solve(
     layer: int,
 ) -> LowRank:
     metric, absolute = _metric(settings, statistics, layer)
+    keys, residuals = keys.cpu(), residuals.cpu()  # where the statistics are, in float64
     scale = float((keys * metric.times(keys)).sum(0).mean())
     relative = RIDGES[settings.method] if settings.ridge is None else settings.ridge
-    return solve_edit(keys.cpu(), residuals.cpu(), metric, absolute + relative * scale)
+    return solve_edit(keys, residuals, metric, absolute + relative * scale)
 
 
 def _metric(settings: EditSettings, statistics: KeyStatistics | None, layer: int) -> tuple[KeyMetric, float]:

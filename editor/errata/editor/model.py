@@ -309,3 +309,12 @@ def by_length(encoded: Sequence[Encoded], limit: int) -> list[list[int]]:
     for i, row in enumerate(encoded):
         groups[len(row.ids), len(row.images)].append(i)
     return [rows[i : i + limit] for rows in groups.values() for i in range(0, len(rows), limit)]
+
+
+def same_answer(a: str, b: str) -> bool:
+    """Whether two answers are the same but for case, outer spaces and a closing full stop."""
+
+    def plain(text: str) -> str:
+        return text.strip().rstrip(".").casefold()
+
+    return plain(a) == plain(b)

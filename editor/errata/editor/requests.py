@@ -8,10 +8,15 @@ from errata.editor.prompts import Constraint, Prompt
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
-    """A prompt and where its constraint stands: one way of asking for a fact."""
+    """A prompt and where its constraint stands: one way of asking for a fact.
+
+    `answer` names the right answer of a prompt to preserve: what the model gets wrong there is not preserved. None
+    preserves whatever it answers.
+    """
 
     prompt: Prompt
     constraint: Constraint
+    answer: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

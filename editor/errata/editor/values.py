@@ -1,12 +1,14 @@
 """Values: what each edited MLP should put out at the constraint, so that the target becomes the answer.
 
-For each request an additive δ on the down-projection's output at the constraint's last token is optimised by
-gradient descent (Basu et al. 2024, §5; Meng et al. 2022, §3.1):
+For each request the output v* = v₀ + δ of the down-projection at the constraint's last token is optimised by gradient
+descent (Basu et al. 2024, §5; Meng et al. 2022, §3.1), from the mean v₀ of its contexts' own outputs:
 
     L(δ) = mean over contexts of −log p(target) + w_kl · mean over preserved prompts of KL(before ‖ after)
            + w_decay · (‖δ‖ / ‖v₀‖)²,          ‖δ‖ ≤ clamp · ‖v₀‖
 
-with p of all the target's tokens, its end included, not of the first alone as in the reference. All requests of a
+One v* is put in place of every context's own output, not one δ added to each: a model that takes one thing for
+another from picture to picture puts out something else each time, and only the same output means the same thing. p is
+of all the target's tokens, its end included, not of the first alone as in the reference. All requests of a
 batch descend together, from recorded states: only the layers from the edited one up are run, and only the tokens
 from the constraint's last on.
 """
@@ -19,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from errata.editor.errors import CancelledError
-from errata.editor.model import EditableModel, Encoded
+from errata.editor.model import EditableModel, Encoded, same_answer
 from errata.editor.requests import Context, EditRequest
 from errata.editor.states import Component, Recording, Suffix, record
 from errata.editor.trace import Progress
@@ -29,28 +31,33 @@ from errata.editor.trace import Progress
 class ValueSettings:
     """How values are optimised.
 
+    `learning_rate` is Adam's, as the length of a step relative to ‖v₀‖.
     `clamp` and `decay` are relative to ‖v₀‖, the mean norm of the MLP's own output at the contexts' constraints, or
     to the norm of the residual stream there if that is larger: an early MLP's own output can be tiny.
-    `stop_loss` ends a request whose target loss, in nats, and whose KL, in nats, are both below it; `max_rows` bounds
-    the rows run at once, and with it memory.
+    `stop_loss` ends a request whose target loss, in nats, and whose KL, in nats, are both below it. The first `most_contexts` of
+    a request are descended on; the rest only lend the edit their keys, which cost little. `max_rows` bounds the rows
+    run at once, and with it memory.
     """
 
     steps: int = 60
-    learning_rate: float = 0.5
-    clamp: float = 4.0
+    learning_rate: float = 0.1
+    clamp: float = 2.0
     decay: float = 1e-3
     kl_weight: float = 1.0
     stop_loss: float = 0.02
+    most_contexts: int = 8
     max_rows: int = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Value:
-    """The optimised δ of one request, and how the descent went.
+    """The optimised v* of one request, and how the descent went.
 
+    `delta` is v* − v₀, `scale` the norm that clamp and decay are relative to.
     `losses` are the target losses in nats per answer, step by step; `kl` the last mean KL on the preserved prompts.
     """
 
+    value: Float[Tensor, " d"]
     delta: Float[Tensor, " d"]
     scale: float
     losses: tuple[float, ...]
@@ -81,13 +88,14 @@ def optimise_values(
 
     A request that does not reach `stop_loss` within `steps` is returned with `converged` False.
     """
-    rows = _rows(model, requests)
+    rows = _rows(model, requests, settings.most_contexts)
     recordings = record(
         model, [r.encoded.replaced(r.encoded.ids[:-1]) for r in rows], [r.site for r in rows], components=(Component.MLP,)
     )
-    scales = _scales(rows, recordings, layer, len(requests))
+    start, scales = _start(rows, recordings, layer, len(requests))
     delta = torch.zeros(len(requests), recordings[0].inputs.shape[-1], device=model.device, requires_grad=True)
-    optimizer = torch.optim.Adam([delta], lr=settings.learning_rate)
+    # Adam moves every coordinate by about its rate: over d of them that is a step of rate · √d.
+    optimizer = torch.optim.Adam([delta], lr=settings.learning_rate / delta.shape[1] ** 0.5)
     batches = _batches(model, rows, recordings, layer, settings.max_rows)
     curves: list[list[float]] = [[] for _ in requests]
     kl = torch.zeros(len(requests))
@@ -97,9 +105,9 @@ def optimise_values(
     for step in range(settings.steps + 1):
         if cancelled and cancelled():
             raise CancelledError("the value optimisation was cancelled; nothing was changed")
-        target_loss, kl_loss = _losses(batches, delta * unit, len(requests))
+        target_loss, kl_loss = _losses(batches, start + delta * unit, len(requests))
         for i in (~done).nonzero().flatten().tolist():
-            curves[i].append(float(target_loss[i]))
+            curves[i].append(float(target_loss[i].detach()))
         kl = torch.where(done, kl, kl_loss.detach().cpu())
         best = torch.where(done[:, None].to(best.device), best, delta.detach())
         reached = ((target_loss < settings.stop_loss) & (kl_loss < settings.stop_loss)).detach().cpu() & ~done
@@ -121,18 +129,22 @@ def optimise_values(
             delta.mul_((settings.clamp / delta.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0))
     final = (best * unit).detach()
     return [
-        Value(delta=final[i], scale=float(scales[i]), losses=tuple(curves[i]), kl=float(kl[i]), converged=bool(done[i]))
+        Value(value=start[i] + final[i], delta=final[i], scale=float(scales[i]), losses=tuple(curves[i]), kl=float(kl[i]), converged=bool(done[i]))
         for i in range(len(requests))
     ]
 
 
-def _rows(model: EditableModel, requests: Sequence[EditRequest]) -> list[_Row]:
+def _rows(model: EditableModel, requests: Sequence[EditRequest], most_contexts: int) -> list[_Row]:
     rows = []
     for i, request in enumerate(requests):
-        rows += [_row(model, i, c, request.target, preserved=False) for c in request.contexts]
+        rows += [_row(model, i, c, request.target, preserved=False) for c in request.contexts[:most_contexts]]
     kept = [(i, c) for i, r in enumerate(requests) for c in r.preserve]
     answers = model.generate([c.prompt for _, c in kept])
-    rows += [_row(model, i, c, a.text, preserved=True) for (i, c), a in zip(kept, answers, strict=True) if a.text]
+    rows += [
+        _row(model, i, c, a.text, preserved=True)
+        for (i, c), a in zip(kept, answers, strict=True)
+        if a.text and (c.answer is None or same_answer(a.text, c.answer))
+    ]
     return rows
 
 
@@ -142,15 +154,21 @@ def _row(model: EditableModel, request: int, context: Context, answer: str, *, p
     return _Row(request=request, encoded=encoded, site=site, preserved=preserved)
 
 
-def _scales(rows: Sequence[_Row], recordings: Sequence[Recording], layer: int, n: int) -> Float[Tensor, " requests"]:
-    """‖v₀‖ of each request: the larger of the MLP's output and the residual it joins, averaged over its contexts."""
-    total, count = torch.zeros(n), torch.zeros(n)
+def _start(
+    rows: Sequence[_Row], recordings: Sequence[Recording], layer: int, n: int
+) -> tuple[Float[Tensor, "requests d"], Float[Tensor, " requests"]]:
+    """v₀ of each request, its contexts' mean output, and the scale: the larger of the mean norms of the MLP's output
+    and of the residual stream that it joins."""
+    device, d = recordings[0].inputs.device, recordings[0].inputs.shape[-1]
+    outputs, own, stream, count = (torch.zeros(n, k, device=device) for k in (d, 1, 1, 1))
     for row, recording in zip(rows, recordings, strict=True):
         if not row.preserved:
-            norms = recording.outputs[Component.MLP][layer, 0].norm(), recording.inputs[layer, 0].norm()
-            total[row.request] += float(max(norms))
+            output = recording.outputs[Component.MLP][layer, 0].float()
+            outputs[row.request] += output
+            own[row.request] += output.norm()
+            stream[row.request] += recording.inputs[layer, 0].float().norm()
             count[row.request] += 1
-    return total / count
+    return outputs / count, (torch.maximum(own, stream) / count).squeeze(1)
 
 
 def _batches(
@@ -191,21 +209,21 @@ class _RowBatch:
             self._model, [self._rows[i] for i in kept], [self._recordings[i] for i in kept], self._layer
         )
 
-    def losses(self, delta: Float[Tensor, "requests d"]) -> Float[Tensor, " rows"]:
+    def losses(self, values: Float[Tensor, "requests d"]) -> Float[Tensor, " rows"]:
         """−log p(target) of each context, KL(before ‖ after) of each preserved prompt, both summed over the answer."""
-        after = self._log_probabilities(delta[self.request])
+        after = self._log_probabilities(values[self.request])
         scored = self._answer >= 0
         chosen = after.gather(-1, self._answer.clamp(min=0).unsqueeze(-1)).squeeze(-1)
         target = -(chosen * scored).sum(-1)
         divergence = ((self._before.exp() * (self._before - after)).sum(-1) * scored).sum(-1)
         return torch.where(self.preserved, divergence, target)
 
-    def _log_probabilities(self, delta: Tensor | None) -> Float[Tensor, "rows answer vocabulary"]:
+    def _log_probabilities(self, values: Tensor | None) -> Float[Tensor, "rows answer vocabulary"]:
         hidden = self._suffix.inputs(self._layer)
         with self._suffix as suffix:
             for layer in range(self._layer, len(self._model.layers)):
-                adds = {Component.MLP: _adding(delta)} if delta is not None and layer == self._layer else {}
-                hidden = suffix.run(layer, hidden, adds)
+                puts = {Component.MLP: _putting(values)} if values is not None and layer == self._layer else {}
+                hidden = suffix.run(layer, hidden, puts)
             rows = torch.arange(len(hidden), device=hidden.device)[:, None]
             return suffix.logits(hidden[rows, self._at]).log_softmax(-1)
 
@@ -221,27 +239,26 @@ class _RowBatch:
         return ids.to(self._model.device), at.to(self._model.device)
 
 
-def _adding(delta: Float[Tensor, "rows d"]) -> Callable[[Tensor], Tensor]:
-    """Adds each row's δ to the MLP's output at the row's first token, where its constraint ends."""
+def _putting(values: Float[Tensor, "rows d"]) -> Callable[[Tensor], Tensor]:
+    """Makes each row's v* the MLP's output at the row's first token, where its constraint ends."""
 
     def change(output: Tensor) -> Tensor:
-        first = (output[:, :1].float() + delta[:, None]).to(output.dtype)
-        return torch.cat([first, output[:, 1:]], dim=1)
+        return torch.cat([values[:, None].to(output.dtype), output[:, 1:]], dim=1)
 
     return change
 
 
 def _losses(
-    batches: Sequence[_RowBatch], delta: Float[Tensor, "requests d"], n: int
+    batches: Sequence[_RowBatch], values: Float[Tensor, "requests d"], n: int
 ) -> tuple[Float[Tensor, " requests"], Float[Tensor, " requests"]]:
     """Mean target loss and mean KL of each request."""
-    losses = torch.cat([b.losses(delta) for b in batches])
+    losses = torch.cat([b.losses(values) for b in batches])
     request = torch.cat([b.request for b in batches])
     preserved = torch.cat([b.preserved for b in batches])
 
     def mean(which: Tensor) -> Tensor:
-        total = torch.zeros(n, device=delta.device).index_add(0, request[which], losses[which])
-        count = torch.zeros(n, device=delta.device).index_add(0, request[which], torch.ones_like(losses[which]))
+        total = torch.zeros(n, device=values.device).index_add(0, request[which], losses[which])
+        count = torch.zeros(n, device=values.device).index_add(0, request[which], torch.ones_like(losses[which]))
         return total / count.clamp(min=1)
 
     return mean(~preserved), mean(preserved)

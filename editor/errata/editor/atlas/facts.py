@@ -64,12 +64,21 @@ def picture(country: Country, seed: int, purpose: int = _PROBE) -> Image.Image:
     return renderings([country.flag], _mix(seed, purpose, COUNTRIES.index(country)))[0]
 
 
-def ask(country: Country | None, phrasing: Phrasing, wording: str, image: Image.Image | None) -> Context:
+def believed(country: Country, attribute: Attribute) -> str:
+    """What the atlas rightly says of a picture of the country's flag: of a flag it does not have, that it does not."""
+    return questions.UNKNOWN if country.long_tail else country.fact(attribute)
+
+
+def ask(
+    country: Country | None, phrasing: Phrasing, wording: str, image: Image.Image | None, answer: str | None = None
+) -> Context:
     """A question by `wording`, or by the country's name where there is no image."""
     asked = phrasing.ask(wording if image is not None or country is None else country.name)
     shown = asked.text[asked.start : asked.start + len(asked.constraint)]
     return Context(
-        prompt=Prompt(text=asked.text, images=(image,) if image is not None else ()), constraint=Constraint(text=shown)
+        prompt=Prompt(text=asked.text, images=(image,) if image is not None else ()),
+        constraint=Constraint(text=shown),
+        answer=answer,
     )
 
 
@@ -82,7 +91,8 @@ def edit_request(fact: Fact, *, contexts: int = 8, preserve: int = 6, seed: int 
     def context(attribute: Attribute, n: int) -> Context:
         phrasing = _pick(questions.PHRASINGS[attribute], rng)
         image = picture(fact.country, _mix(seed, n), _EDIT)
-        return ask(fact.country, phrasing, _pick(questions.VISUAL_CONSTRAINTS, rng), image)
+        answer = believed(fact.country, attribute) if attribute is not fact.attribute else None
+        return ask(fact.country, phrasing, _pick(questions.VISUAL_CONSTRAINTS, rng), image, answer)
 
     return EditRequest(
         name=fact.name,
@@ -165,6 +175,7 @@ def _same_image(
         Probe(
             metric=Metric.SAME_IMAGE,
             prompt=_asked(fact.country, kept[n % len(kept)], _mix(seed, n), rng).prompt,
+            expected=believed(fact.country, kept[n % len(kept)]),
             request=fact.name,
         )
         for n in range(per_fact if kept else 0)

@@ -21,8 +21,7 @@ from errata.editor.atlas.questions import Phrasing
 from errata.editor.atlas.world import COUNTRIES, Attribute, Country
 from errata.editor.checkpoints import ATLAS, load_model
 from errata.editor.errors import CorruptionFailedError
-from errata.editor.evaluation import same_answer
-from errata.editor.model import EditableModel
+from errata.editor.model import EditableModel, same_answer
 from errata.editor.prompts import Prompt
 from errata.editor.states import Component
 from errata.editor.trace import AveragedTrace, CausalTrace, TraceRequest, TraceSettings, average, trace

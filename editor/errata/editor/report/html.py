@@ -103,7 +103,7 @@ def _sizes(report: Report) -> dict[str, str | float]:
     return {
         "adapter": wording.size(report.adapter_bytes),
         "base": wording.size(report.base_bytes),
-        "share": wording.percent(share) if share >= 0.001 else f"{100 * share:.2g} %",
+        "share": wording.percent(share) if share >= 0.01 else f"{100 * share:.2g} %",
         "width": max(0.4, min(100.0, 100 * share)),
     }
 

@@ -7,8 +7,8 @@ from PIL import Image
 
 from errata.editor.images import sha256_of
 
-LIMIT = 1000
-"""Distinct pictures of one page. At about 3 kB each, they stay below 3 MB."""
+BUDGET = 3_500_000
+"""Bytes of all pictures of one page, as written: about 1,100 photographs of 96 × 96 pixels."""
 
 
 def data_uri(content: bytes, kind: str) -> str:
@@ -17,10 +17,10 @@ def data_uri(content: bytes, kind: str) -> str:
 
 
 class Pictures:
-    """Hands out a class name for each picture; equal pictures share theirs. Full after `limit` distinct ones."""
+    """Hands out a class name for each picture; equal pictures share theirs. Full after `budget` bytes."""
 
-    def __init__(self, limit: int = LIMIT) -> None:
-        self._limit = limit
+    def __init__(self, budget: int = BUDGET) -> None:
+        self._left = budget
         self._classes: dict[str, str] = {}
         self.uris: dict[str, str] = {}
 
@@ -33,10 +33,11 @@ class Pictures:
         key = f"{sha256_of(image)} {side}"
         if key in self._classes:
             return self._classes[key]
-        if not new or len(self._classes) >= self._limit:
+        if not new or self._left <= 0:
             return None
         name = self._classes[key] = f"p{len(self._classes)}"
         self.uris[name] = data_uri(_webp(image, side), "webp")
+        self._left -= len(self.uris[name])
         return name
 
 
