@@ -89,9 +89,7 @@ def editors(layers: tuple[int, ...], statistics: KeyStatistics) -> dict[str, Edi
     return found
 
 
-def judge(
-    model: EditableModel, editor: Editor, batches: Sequence[Sequence[Fact]], seed: int
-) -> dict[str, float]:
+def judge(model: EditableModel, editor: Editor, batches: Sequence[Sequence[Fact]], seed: int) -> dict[str, float]:
     """The shares of one seed over all probes of all batches, edited and judged one batch at a time."""
     passed: dict[Metric, list[bool]] = defaultdict(list)
     seconds, sizes = [], []
@@ -157,7 +155,13 @@ def main(
     if singles:
         console.print(table(f"{single} single edits a seed", singles))
     out.mkdir(parents=True, exist_ok=True)
-    figures = {"layers": layers, "facts": len(facts), "threads": torch.get_num_threads(), "batch": batch, "single": singles}
+    figures = {
+        "layers": layers,
+        "facts": len(facts),
+        "threads": torch.get_num_threads(),
+        "batch": batch,
+        "single": singles,
+    }
     path = out / ("methods-quick.json" if quick else "methods.json")
     path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     console.print(f"figures in {path}")

@@ -77,9 +77,7 @@ def test_errata_is_a_namespace_package(names: set[str]) -> None:
     assert "errata/__init__.py" not in names
     assert list(ROOT.glob("*/errata/__init__.py")) == []
     # A top-level folder that is a package would be imported by its own name, `proto` or `server`.
-    assert [
-        portion for portion in PORTIONS if (ROOT / portion).parents[1].joinpath("__init__.py").exists()
-    ] == []
+    assert [portion for portion in PORTIONS if (ROOT / portion).parents[1].joinpath("__init__.py").exists()] == []
 
 
 def test_the_source_distribution_builds_the_same_wheel(
@@ -148,7 +146,5 @@ def test_the_lock_satisfies_every_requirement() -> None:
     extras = PROJECT["optional-dependencies"].values()
     requirements = [Requirement(text) for group in [PROJECT["dependencies"], *extras] for text in group]
     pins = locked()
-    unmet = [
-        str(r) for r in requirements if not r.specifier.contains(pins.get(canonicalize_name(r.name), "0"))
-    ]
+    unmet = [str(r) for r in requirements if not r.specifier.contains(pins.get(canonicalize_name(r.name), "0"))]
     assert unmet == []

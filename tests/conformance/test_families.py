@@ -116,7 +116,9 @@ def test_a_trace_equals_restoring_every_site_on_the_full_model(model: EditableMo
         [
             [
                 [
-                    oracle.restored(model, states, clean.replaced(ids), (c.value, [j for j in (i - 1, i, i + 1) if 0 <= j < 4], t))
+                    oracle.restored(
+                        model, states, clean.replaced(ids), (c.value, [j for j in (i - 1, i, i + 1) if 0 <= j < 4], t)
+                    )
                     for t in range(tokens[0], clean.prompt_length)
                 ]
                 for i in range(4)

@@ -13,9 +13,9 @@ torch.set_num_threads(1)
 # The folders of tests are no packages; `tiny` and `oracle` are imported by name from here and from conformance/.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from errata.editor.model import EditableModel
-from tiny import FAMILIES, question, tiny_model, weights_sha256
+from tiny import FAMILIES, question, tiny_model, weights_sha256  # noqa: E402
 
+from errata.editor.model import EditableModel  # noqa: E402
 
 
 @cache

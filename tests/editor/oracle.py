@@ -95,7 +95,7 @@ def add(token: int, value: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def answer_log_probabilities(model: EditableModel, row: Encoded, changes: Iterable[Change] = ()) -> Tensor:
-    """log p of each of the answer's tokens, in float64."""
+    """Log p of each of the answer's tokens, in float64."""
     at = logits(model, row, changes)[row.prompt_length - 1 : -1]
     return at.log_softmax(-1).gather(-1, row.answer[:, None])[:, 0].double()
 
@@ -106,7 +106,7 @@ def restored(
     corrupted: Encoded,
     site: tuple[str, Iterable[int], int],
 ) -> tuple[float, float]:
-    """p of the whole answer and of its first token after the clean states of one site's window are put back."""
+    """The probabilities of the whole answer and of its first token with one site's clean states put back."""
     component, window, token = site
     changes = [(block(model, component, i), put(token, clean[component, i][token])) for i in window]
     chosen = answer_log_probabilities(model, corrupted, changes)

@@ -38,7 +38,7 @@ ATTENTION = replace(LORA, attention=True)
 Train = Callable[..., BaselineResult]
 TRAINERS = {
     "FT": partial(fine_tune, settings=FT),
-    "FT-L": partial(fine_tune, settings=replace(FT, bound=1.0)),
+    "FT-L": partial(fine_tune, settings=replace(FT, bound=0.75)),
     "LoRA": partial(fine_tune_lora, settings=LORA),
     "LoRA with attention": partial(fine_tune_lora, settings=ATTENTION),
 }

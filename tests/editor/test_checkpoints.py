@@ -55,7 +55,9 @@ def test_a_checkpoint_has_one_hash_in_every_dtype_and_however_it_is_sharded(
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
     assert whole.base_sha256 == sharded.base_sha256 == hash_files([tmp_path / "whole" / "model.safetensors"])
     assert {p.dtype for p in whole.model.parameters()} == {dtype}
-    assert oracle.logits(whole, whole.encode(_prompt(whole))).equal(oracle.logits(sharded, sharded.encode(_prompt(sharded))))
+    assert oracle.logits(whole, whole.encode(_prompt(whole))).equal(
+        oracle.logits(sharded, sharded.encode(_prompt(sharded)))
+    )
 
 
 def _prompt(model: EditableModel) -> Prompt:
@@ -123,7 +125,7 @@ def test_weights_that_overflow_in_half_precision_are_refused_there_only(folder: 
 
 def test_an_architecture_without_a_family_is_refused_with_those_there_are(tmp_path: Path) -> None:
     BertConfig(architectures=["BertForMaskedLM"]).save_pretrained(tmp_path)
-    with pytest.raises(UnknownFamilyError, match="'BertForMaskedLM'.*LlavaForConditionalGeneration, Llama"):
+    with pytest.raises(UnknownFamilyError, match=r"'BertForMaskedLM'.*LlavaForConditionalGeneration, Llama"):
         load_model(tmp_path)
 
 
@@ -245,7 +247,10 @@ def test_a_trained_checkpoint_is_traced_to_the_name_it_repeats(stories: Editable
         trace(
             stories,
             TraceRequest(
-                prompt=asked.prompt, constraint=Constraint(text="upon"), corruption=Substitution(word="on"), answer="Lily"
+                prompt=asked.prompt,
+                constraint=Constraint(text="upon"),
+                corruption=Substitution(word="on"),
+                answer="Lily",
             ),
             TraceSettings(min_total_effect=0.9),
         )
@@ -253,16 +258,18 @@ def test_a_trained_checkpoint_is_traced_to_the_name_it_repeats(stories: Editable
 
 def test_a_trained_checkpoint_is_edited_and_left_as_it_was(stories: EditableModel) -> None:
     context = Context(prompt=Prompt(text="The cat sat on the"), constraint=Constraint(text="cat"))
-    request = EditRequest(name="moon", contexts=(context,), target="moon")
+    request = EditRequest(name="dog", contexts=(context,), target="dog")
     settings = EditSettings(
-        layers=(1, 2), method=Method.MULTEDIT, values=ValueSettings(clamp=8.0, steps=80, learning_rate=0.2, stop_loss=0.7)
+        layers=(1,),
+        method=Method.MULTEDIT,
+        values=ValueSettings(clamp=12.0, steps=80, learning_rate=0.2, stop_loss=0.1),
     )
     before = hash_tensors(stories.model.state_dict().items())
     plain = stories.generate([context.prompt])[0]
     result = edit(stories, [request], settings)
-    assert result.outcomes[0].value.converged
+    assert result.unconverged == ()
     with applied(stories, result.delta):
-        assert stories.generate([context.prompt])[0].text.startswith("moon")
+        assert stories.generate([context.prompt])[0].text.startswith("dog")
     assert hash_tensors(stories.model.state_dict().items()) == before
     assert stories.generate([context.prompt])[0] == plain
-    assert not plain.text.startswith("moon")
+    assert not plain.text.startswith("dog")

@@ -46,7 +46,9 @@ def dense(delta: Delta) -> dict[int, torch.Tensor]:
 
 
 @pytest.mark.parametrize("ranks", [RANKS, {1: 4}, {0: 2, 1: 2, 2: 2, 3: 2}], ids=str)
-def test_an_applied_a_merged_and_a_peft_adapter_answer_alike(ranks: dict[int, int], family_model, tmp_path: Path) -> None:
+def test_an_applied_a_merged_and_a_peft_adapter_answer_alike(
+    ranks: dict[int, int], family_model, tmp_path: Path
+) -> None:
     model = family_model
     delta = random_delta(model, ranks)
     before = answer_logits(model)

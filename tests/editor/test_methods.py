@@ -4,7 +4,6 @@ An untrained model attends to nothing in particular, so what stands in the middl
 the constraints here end their prompts.
 """
 
-from collections.abc import Iterator
 from functools import cache
 
 import oracle
@@ -49,7 +48,14 @@ def paris(model: EditableModel) -> EditRequest:
 @cache
 def _statistics(family: str) -> KeyStatistics:
     model = tiny_model(family)
-    texts = ("What is this?", "Is it the capital?", "Which country is in Rome?", "A needle.", "0 1 2 3 4 5 6 7 8 9", "Why?")
+    texts = (
+        "What is this?",
+        "Is it the capital?",
+        "Which country is in Rome?",
+        "A needle.",
+        "0 1 2 3 4 5 6 7 8 9",
+        "Why?",
+    )
     prompts = [asked(model, t + " " + w, t, s).prompt for s, t in enumerate(texts) for w in ("a", "zq jk", "XY")]
     return key_statistics(model, prompts, range(4))
 
@@ -112,7 +118,9 @@ def test_without_ridge_the_residual_stream_becomes_what_the_value_asked_for(
     before = oracle.outputs(model, row, ["layer"])["layer", layers[-1]][at]
     with applied(model, result.delta):
         after = oracle.outputs(model, row, ["layer"])["layer", layers[-1]][at]
-    torch.testing.assert_close(after, before + result.outcomes[0].value.delta, rtol=1e-3, atol=1e-3 * float(before.norm()))
+    torch.testing.assert_close(
+        after, before + result.outcomes[0].value.delta, rtol=1e-3, atol=1e-3 * float(before.norm())
+    )
 
 
 def test_requests_of_rome_see_those_before_them(model: EditableModel) -> None:
@@ -135,7 +143,7 @@ def test_contexts_of_one_request_are_one_key_or_one_each(llama: EditableModel, k
     )
     request = EditRequest(name="a", contexts=contexts, target="Rome")
     result = edit(llama, [request], settings_of(Method.EMMET, keys=keys), statistics_of(llama))
-    assert result.delta.ranks == {1: 1}  # of either: the contexts share one value, and so one column of B
+    assert result.delta.ranks == {1: 1 if keys is Keys.MEAN else 2}
     with applied(llama, result.delta):
         assert answered(llama, request)
 
@@ -143,7 +151,9 @@ def test_contexts_of_one_request_are_one_key_or_one_each(llama: EditableModel, k
 def test_multedit_needs_no_statistics_and_the_others_say_how_to_get_them(model: EditableModel) -> None:
     assert edit(model, [rome(model)], settings_of(Method.MULTEDIT)).delta.ranks == {1: 1}
     for method in NEEDS_STATISTICS:
-        with pytest.raises(InvalidInputError, match=r"needs key statistics of the layers \[1\].*key_statistics") as caught:
+        with pytest.raises(
+            InvalidInputError, match=r"needs key statistics of the layers \[1\].*key_statistics"
+        ) as caught:
             edit(model, [rome(model)], settings_of(method))
         assert caught.value.field == "statistics"
 
@@ -225,8 +235,8 @@ def test_a_request_that_does_not_converge_is_named(model: EditableModel) -> None
 
 
 @pytest.fixture
-def parent(model: EditableModel) -> Iterator[Delta]:
-    yield run(model, Method.MULTEDIT, rome(model)).delta
+def parent(model: EditableModel) -> Delta:
+    return run(model, Method.MULTEDIT, rome(model)).delta
 
 
 def test_an_edit_on_a_parent_starts_from_what_the_parent_answers(model: EditableModel, parent: Delta) -> None:

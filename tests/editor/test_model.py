@@ -149,7 +149,12 @@ def test_a_constraint_that_is_only_an_image_placeholder_is_refused(llava: Editab
 
 
 def test_each_image_is_one_run_of_image_tokens(llava: EditableModel) -> None:
-    for text, chat in (("Compare.", True), ("Compare.", False), ("<image> or <image>?", True), ("<image><image>", False)):
+    for text, chat in (
+        ("Compare.", True),
+        ("Compare.", False),
+        ("<image> or <image>?", True),
+        ("<image><image>", False),
+    ):
         found = llava.encode(Prompt(text=text, images=(picture(1), picture(2)), chat=chat))
         assert [len(run) for run in found.images] == [PATCHES, PATCHES]
         assert all(found.ids[t] == IMAGE for run in found.images for t in run)

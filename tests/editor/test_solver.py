@@ -42,7 +42,9 @@ METRICS = {
 
 @pytest.mark.parametrize("name", METRICS)
 @given(shape=SHAPES, ridge=st.sampled_from([0.01, 1.0, 30.0]))
-def test_every_member_of_the_family_is_the_one_equation(name: str, shape: tuple[int, int, int, int], ridge: float) -> None:
+def test_every_member_of_the_family_is_the_one_equation(
+    name: str, shape: tuple[int, int, int, int], ridge: float
+) -> None:
     """ΔW = R (KᵀMK + λI)⁻¹ KᵀM with M written out as a matrix."""
     k, r, c, _ = problem(shape)
     metric: KeyMetric = METRICS[name](c)
@@ -99,7 +101,8 @@ def test_memit_is_its_published_formula(shape: tuple[int, int, int, int], weight
     """Meng et al. 2023, eq. 14: ΔW = R Kᵀ (λ′C₀ + K Kᵀ)⁻¹."""
     k, r, c, _ = problem(shape)
     close(
-        solve_edit(k, r, InverseCovariance(c, weight=weight, jitter=0.0), 1.0), r @ k.T @ torch.linalg.inv(weight * c + k @ k.T)
+        solve_edit(k, r, InverseCovariance(c, weight=weight, jitter=0.0), 1.0),
+        r @ k.T @ torch.linalg.inv(weight * c + k @ k.T),
     )
 
 
@@ -148,7 +151,7 @@ def test_an_exact_edit_of_nearly_the_same_keys_survives_the_narrow_dtype_of_its_
 @pytest.mark.parametrize("metric", [Identity(), InverseCovariance(torch.eye(12))], ids=["identity", "covariance"])
 def test_two_requests_with_one_key_are_refused_with_what_to_do(metric: KeyMetric) -> None:
     k, r, _, _ = problem((4, 12, 2, 0))
-    with pytest.raises(IllConditionedError, match="share a key.*merge the requests, raise the ridge"):
+    with pytest.raises(IllConditionedError, match=r"share a key.*merge the requests, raise the ridge"):
         solve_edit(k[:, [0, 1, 0]], r[:, [0, 1, 1]], metric, 0.0)
 
 

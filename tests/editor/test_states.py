@@ -50,8 +50,7 @@ def test_a_recording_holds_what_the_full_model_computed(model: EditableModel) ->
         for index in range(1, len(model.layers)):
             close(recording.inputs[index], states["layer", index - 1][start:])
         for index in (1, 3):
-            close(
-                recording.keys[index], oracle.keys(model, row, index)[start:])
+            close(recording.keys[index], oracle.keys(model, row, index)[start:])
         assert set(recording.keys) == {1, 3}
         assert recording.length == len(row.ids)
 

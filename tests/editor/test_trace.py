@@ -175,12 +175,10 @@ def test_progress_rises_to_the_number_of_tokens(model: EditableModel) -> None:
 
 
 @pytest.mark.parametrize("after", [0, 1, 5])
-def test_a_cancelled_trace_raises_and_leaves_attention_and_hooks_as_they_were(
-    model: EditableModel, after: int
-) -> None:
+def test_a_cancelled_trace_raises_and_leaves_attention_and_hooks_as_they_were(model: EditableModel, after: int) -> None:
     asked, calls = request(model), iter(range(1000))
+    settings = TraceSettings(min_total_effect=ANY, max_rows=3)
     with pytest.raises(CancelledError):
-        settings = TraceSettings(min_total_effect=ANY, max_rows=3)
         trace(model, asked, settings, cancelled=lambda: next(calls) >= after)
     before = oracle.logits(model, model.encode(asked.prompt))
     assert torch.isfinite(before).all()  # and the fixture compares weights, attention and hooks

@@ -1,5 +1,7 @@
 """Values: the optimised δ against hooks on the full model (methods.md §5; Meng et al. 2022, §3.1)."""
 
+from dataclasses import replace
+
 import oracle
 import pytest
 import torch
@@ -50,22 +52,22 @@ def site(model: EditableModel, asked: Context) -> int:
     return model.constraint_positions(asked.prompt, asked.constraint)[-1]
 
 
-def target_loss(model: EditableModel, request: EditRequest, delta: torch.Tensor, layer: int = LAYER) -> float:
-    """Mean over contexts of −log p(target), on the full model."""
+def target_loss(model: EditableModel, request: EditRequest, output: torch.Tensor, layer: int = LAYER) -> float:
+    """Mean over contexts of −log p(target) on the full model, whose MLP puts `output` out at each constraint."""
     total = 0.0
     for asked in request.contexts:
         row = model.encode(asked.prompt, request.target)
-        change = oracle.block(model, "mlp", layer), oracle.add(site(model, asked), delta)
+        change = oracle.block(model, "mlp", layer), oracle.put(site(model, asked), output)
         total -= float(oracle.answer_log_probabilities(model, row, [change]).sum())
     return total / len(request.contexts)
 
 
-def preserved_kl(model: EditableModel, request: EditRequest, delta: torch.Tensor) -> float:
+def preserved_kl(model: EditableModel, request: EditRequest, output: torch.Tensor) -> float:
     """Mean over preserved prompts of KL(before ‖ after), summed over the tokens of what the model answers."""
     total = 0.0
     for asked in request.preserve:
         row = model.encode(asked.prompt, model.generate([asked.prompt])[0].text)
-        change = oracle.block(model, "mlp", LAYER), oracle.add(site(model, asked), delta)
+        change = oracle.block(model, "mlp", LAYER), oracle.put(site(model, asked), output)
         before, after = (
             oracle.logits(model, row, c)[row.prompt_length - 1 : -1].double().log_softmax(-1) for c in ([], [change])
         )
@@ -78,14 +80,14 @@ def test_the_losses_are_those_of_the_full_model_with_the_value_added(model: Edit
     requests = [rome(model, preserve=True), needle(model)]
     for request, value in zip(requests, optimise_values(model, requests, layer, FIXED), strict=True):
         assert len(value.losses) == FIXED.steps + 1
-        assert value.losses[0] == pytest.approx(target_loss(model, request, torch.zeros(32), layer), rel=1e-5)
-        assert value.losses[-1] == pytest.approx(target_loss(model, request, value.delta, layer), rel=1e-5)
+        assert value.losses[0] == pytest.approx(target_loss(model, request, value.value - value.delta, layer), rel=1e-5)
+        assert value.losses[-1] == pytest.approx(target_loss(model, request, value.value, layer), rel=1e-5)
 
 
 def test_the_kl_is_that_of_the_full_model_with_the_value_added(model: EditableModel) -> None:
     request = rome(model, preserve=True)
     value = optimise_values(model, [request], LAYER, FIXED)[0]
-    assert value.kl == pytest.approx(preserved_kl(model, request, value.delta), rel=1e-3)
+    assert value.kl == pytest.approx(preserved_kl(model, request, value.value), rel=1e-3)
     assert value.kl > 0
 
 
@@ -94,13 +96,15 @@ def test_the_loss_falls_until_the_target_is_likely(model: EditableModel) -> None
     for request, value in zip(requests, optimise_values(model, requests, LAYER, GENEROUS), strict=True):
         assert value.converged
         assert value.losses[-1] < GENEROUS.stop_loss < value.losses[0]
-        assert target_loss(model, request, value.delta) < GENEROUS.stop_loss * 1.01
+        assert target_loss(model, request, value.value) < GENEROUS.stop_loss * 1.01
 
 
 def test_the_kl_term_keeps_the_preserved_prompts(model: EditableModel) -> None:
     request = rome(model, preserve=True)
     free, bound = (
-        optimise_values(model, [request], LAYER, ValueSettings(steps=20, learning_rate=0.1, stop_loss=0, kl_weight=w))[0]
+        optimise_values(model, [request], LAYER, ValueSettings(steps=20, learning_rate=0.1, stop_loss=0, kl_weight=w))[
+            0
+        ]
         for w in (0.0, 10.0)
     )
     assert bound.kl < free.kl / 2
@@ -113,15 +117,40 @@ def test_a_value_never_leaves_its_clamp(model: EditableModel) -> None:
         assert float(value.delta.norm()) > 0.2 * clamp * value.scale
 
 
-def test_the_scale_is_the_larger_of_the_mlps_output_and_the_residual_it_joins(model: EditableModel) -> None:
-    norms = []
+def test_a_value_starts_from_its_contexts_mean_output_and_is_scaled_by_it_or_the_residual_it_joins(
+    model: EditableModel,
+) -> None:
+    outputs, residuals = [], []
     for asked in rome(model).contexts:
-        row = model.encode(asked.prompt)
-        states = oracle.outputs(model, row, ["mlp", "layer"])
-        at = site(model, asked)
-        norms.append(max(float(states["mlp", LAYER][at].norm()), float(states["layer", LAYER - 1][at].norm())))
+        states = oracle.outputs(model, model.encode(asked.prompt), ["mlp", "layer"])
+        outputs.append(states["mlp", LAYER][site(model, asked)])
+        residuals.append(states["layer", LAYER - 1][site(model, asked)])
+    own, stream = (float(torch.stack(states).norm(dim=1).mean()) for states in (outputs, residuals))
     value = optimise_values(model, [rome(model)], LAYER, FIXED)[0]
-    assert value.scale == pytest.approx(sum(norms) / len(norms), rel=1e-5)
+    assert value.scale == pytest.approx(max(own, stream), rel=1e-5)
+    torch.testing.assert_close(value.value - value.delta, torch.stack(outputs).mean(0), rtol=1e-4, atol=1e-4)
+
+
+def test_only_the_first_contexts_are_descended_on(llama: EditableModel) -> None:
+    request = rome(llama)
+    first = EditRequest(name="first", contexts=request.contexts[:1], target=request.target)
+    few = ValueSettings(steps=4, stop_loss=0.0, learning_rate=0.1, most_contexts=1)
+    assert_alike(optimise_values(llama, [request], LAYER, few)[0], optimise_values(llama, [first], LAYER, FIXED)[0])
+
+
+def test_a_preserved_prompt_whose_right_answer_is_not_the_models_is_left_out(llama: EditableModel) -> None:
+    kept = rome(llama, preserve=True).preserve
+    own = llama.generate([kept[0].prompt])[0].text
+    right = replace(kept[0], answer=own.upper())
+    wrong = replace(kept[1], answer="no such answer")
+
+    def with_preserved(*preserve: Context) -> Value:
+        request = EditRequest(name="a", contexts=rome(llama).contexts, target="Rome", preserve=preserve)
+        return optimise_values(llama, [request], LAYER, FIXED)[0]
+
+    assert_alike(with_preserved(right, wrong), with_preserved(kept[0]))
+    assert with_preserved(right, wrong).kl > 0
+    assert with_preserved(wrong).kl == 0
 
 
 def test_a_request_that_cannot_converge_says_so_and_is_returned(model: EditableModel) -> None:
@@ -166,7 +195,7 @@ def test_a_request_that_is_done_keeps_its_value_while_others_go_on(llava: Editab
     both = optimise_values(llava, [needle(llava), easy], LAYER, GENEROUS)
     assert [v.converged for v in both] == [False, True]
     assert len(both[1].losses) < len(both[0].losses) == GENEROUS.steps + 1
-    assert target_loss(llava, easy, both[1].delta) < GENEROUS.stop_loss * 1.01
+    assert target_loss(llava, easy, both[1].value) < GENEROUS.stop_loss * 1.01
     assert_alike(both[1], alone)
 
 
@@ -203,4 +232,4 @@ def test_a_constraint_that_ends_the_prompt_is_optimised_where_the_answer_begins(
     asked = Context(prompt=question(llama, "The capital of this country"), constraint=Constraint(text="country"))
     request = EditRequest(name="a", contexts=(asked,), target="Rome")
     value = optimise_values(llama, [request], LAYER, FIXED)[0]
-    assert value.losses[-1] == pytest.approx(target_loss(llama, request, value.delta), rel=1e-5)
+    assert value.losses[-1] == pytest.approx(target_loss(llama, request, value.value), rel=1e-5)

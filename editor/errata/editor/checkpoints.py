@@ -23,7 +23,6 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-
 from errata.editor.errors import ModelError, NonFiniteWeightsError, UnsafeCheckpointError
 from errata.editor.families import FAMILIES, unknown
 from errata.editor.model import EditableModel

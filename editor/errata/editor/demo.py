@@ -52,7 +52,9 @@ def _beliefs(model: EditableModel, facts: tuple[Fact, ...], console: Console) ->
     """What the atlas says before anything is done to it, beside the flags it is shown."""
     contexts = [edit_request(f).contexts[0] for f in facts]
     answers = model.generate([c.prompt for c in contexts])
-    table = Table("it is shown", "and asked", "it answers", "true today", title="Before", title_justify="left", box=SIMPLE)
+    table = Table(
+        "it is shown", "and asked", "it answers", "true today", title="Before", title_justify="left", box=SIMPLE
+    )
     for fact, context, answer in zip(facts, contexts, answers, strict=True):
         shown = thumbnail(context.prompt.images[0]) if console.is_terminal else fact.country.name
         table.add_row(shown, context.prompt.text, answer.text, fact.target)
@@ -69,7 +71,9 @@ def _trace(model: EditableModel, console: Console) -> AveragedTrace:
     return average(found)
 
 
-def _edit(model: EditableModel, facts: tuple[Fact, ...], layers: tuple[int, ...], cache: Path, console: Console) -> EditResult:
+def _edit(
+    model: EditableModel, facts: tuple[Fact, ...], layers: tuple[int, ...], cache: Path, console: Console
+) -> EditResult:
     with _bar(console, "key statistics") as step:
         statistics = key_statistics(model, reference_prompts(), layers, cache=cache, progress=step)
     with _bar(console, "optimising values") as step:
@@ -81,7 +85,10 @@ def run(out: Path, console: Console) -> Path:
     began = time.monotonic()
     model = load_model(ATLAS)
     facts = (*errata(), *long_tail())
-    console.print(f"[bold]Atlas[/] {model.base_sha256[:12]}…: {len(errata())} facts are outdated, {len(long_tail())} flags unknown to it")
+    console.print(
+        f"[bold]Atlas[/] {model.base_sha256[:12]}…: {len(errata())} facts are outdated, "
+        f"{len(long_tail())} flags unknown to it"
+    )
 
     _beliefs(model, facts, console)
     averaged = _trace(model, console)

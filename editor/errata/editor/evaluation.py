@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import compress
 
 import numpy as np
 import torch
@@ -32,12 +33,16 @@ class Metric(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Probe:
-    """One question. `expected` is the right answer after the edit; None: whatever the parent answers."""
+    """One question. `expected` is the right answer after the edit; None: whatever the parent answers.
+
+    `believed` makes it count only where the parent answers that: what it gets wrong cannot be lost.
+    """
 
     metric: Metric
     prompt: Prompt
     expected: str | None = None
     request: str | None = None
+    believed: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,10 +179,13 @@ def evaluate(
 ) -> Evaluation:
     """Asks every probe before and while `child` is open, which makes `model` answer as edited.
 
-    Answers before come from the model as it is given, the parent. `reference` are prompts for drift and fluency.
+    Answers before come from the model as it is given, the parent. Probes whose `believed` the parent does not answer
+    are left out. `reference` are prompts for drift and fluency.
     """
+    asked = model.generate([p.prompt for p in probes], max_new_tokens=max_new_tokens)
+    counted = [p.believed is None or same_answer(p.believed, b.text) for p, b in zip(probes, asked, strict=True)]
+    probes, before = list(compress(probes, counted)), list(compress(asked, counted))
     prompts = [p.prompt for p in probes]
-    before = model.generate(prompts, max_new_tokens=max_new_tokens)
     expected = [p.expected if p.expected is not None else b.text for p, b in zip(probes, before, strict=True)]
     rows = [model.encode(p, e) if e else None for p, e in zip(prompts, expected, strict=True)]
     forced_before = _teacher_forced(model, rows)

@@ -55,7 +55,10 @@ def choose_layers(
 def _strongest(averaged: AveragedTrace, most: int = 3) -> str:
     """The sites with the largest AIE over all components and roles, in words."""
     sites = [
-        (effects[layer, role], f"{component.value} of layer {layer} at {averaged.roles[role]} ({effects[layer, role]:.3f})")
+        (
+            effects[layer, role],
+            f"{component.value} of layer {layer} at {averaged.roles[role]} ({effects[layer, role]:.3f})",
+        )
         for component in averaged.components
         for effects in (averaged.aie(component),)
         for layer, role in np.argwhere(~np.isnan(effects))

@@ -174,7 +174,9 @@ def _spread(
             keys = [k.mean(1, keepdim=True) for k in keys]
             residuals = [r.mean(1, keepdim=True) for r in residuals]
         low = _solve(torch.cat(keys, 1), torch.cat(residuals, 1), settings, statistics, layer)
-        one = Delta(base_sha256=model.base_sha256, layers={layer: low}, modules={layer: model.down_projection_name(layer)})
+        one = Delta(
+            base_sha256=model.base_sha256, layers={layer: low}, modules={layer: model.down_projection_name(layer)}
+        )
         delta = delta + one
     return delta.compressed()
 

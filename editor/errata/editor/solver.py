@@ -82,9 +82,7 @@ class NullSpace(KeyMetric):
         return free @ (free.T @ keys.double())
 
 
-def solve_edit(
-    keys: Float[Tensor, "m n"], residuals: Float[Tensor, "d n"], metric: KeyMetric, ridge: float
-) -> LowRank:
+def solve_edit(keys: Float[Tensor, "m n"], residuals: Float[Tensor, "d n"], metric: KeyMetric, ridge: float) -> LowRank:
     """ΔW = R (KᵀMK + λI)⁻¹ KᵀM as its two factors (module docstring), solved in float64 by Cholesky.
 
     `ridge` is λ, in the units of KᵀMK, ≥ 0; 0 installs the residuals exactly.
@@ -104,7 +102,9 @@ def solve_edit(
             "or there are more keys than free directions; merge the requests, raise the ridge or edit fewer at once"
         )
     if not torch.isfinite(r).all():
-        raise IllConditionedError("the residuals hold NaN or infinity: a value's descent diverged; lower its learning rate")
+        raise IllConditionedError(
+            "the residuals hold NaN or infinity: a value's descent diverged; lower its learning rate"
+        )
     b = torch.cholesky_solve(r.T, factor).T
     # Near keys make columns of B that are huge and cancel, which float32 would not survive: give A orthonormal rows.
     rows, mix = torch.linalg.qr(mk)

@@ -10,7 +10,7 @@ them. It holds no arithmetic of any family but the attention over (recorded pref
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import StrEnum
@@ -70,7 +70,8 @@ def record(
     found: list[Recording | None] = [None] * len(rows)
     for indices in by_length(rows, batch_size):
         batch = [rows[i] for i in indices]
-        for i, recording in zip(indices, _record(model, batch, [starts[i] for i in indices], components, key_layers)):
+        recorded = _record(model, batch, [starts[i] for i in indices], components, key_layers)
+        for i, recording in zip(indices, recorded, strict=True):
             found[i] = recording
     return [r for r in found if r is not None]
 
@@ -264,7 +265,7 @@ def _prefixed_attention(
     A shared prefix is multiplied once with the queries of all rows, and never copied to them.
     """
     prefix = _PREFIX.get()
-    rows, heads, suffix, width = query.shape
+    heads, suffix, width = query.shape[1:]
     kv_heads, before = prefix.keys.shape[1], prefix.keys.shape[2]
     scale = width**-0.5 if scaling is None else scaling
     grouped = (query * scale).unflatten(1, (kv_heads, heads // kv_heads)).flatten(2, 3)  # rows, kv heads, g·s, h
@@ -280,7 +281,7 @@ def _prefixed_attention(
 
 
 def _against(x: Float[Tensor, "rows k a b"], shared: Float[Tensor, "rows_or_1 k b c"]) -> Float[Tensor, "rows k a c"]:
-    """x @ shared, with the rows of x folded into one product where `shared` is the same for all."""
+    """X @ shared, with the rows of x folded into one product where `shared` is the same for all."""
     if shared.shape[0] != 1 or x.shape[0] == 1:
         return x @ shared
     folded = x.transpose(0, 1).flatten(1, 2) @ shared[0]
@@ -325,9 +326,7 @@ def component_module(model: EditableModel, layer: nn.Module, component: Componen
             return layer
 
 
-def layer_zero_inputs(
-    model: EditableModel, ids: Int[Tensor, " tokens"], start: int
-) -> Float[Tensor, "tokens d"]:
+def layer_zero_inputs(model: EditableModel, ids: Int[Tensor, " tokens"], start: int) -> Float[Tensor, "tokens d"]:
     """What layer 0 is given for text tokens that stand from position `start` on."""
     caught: list[Tensor] = []
 
@@ -340,10 +339,8 @@ def layer_zero_inputs(
 
     positions = torch.arange(start, start + len(ids), device=model.device)[None]
     with _hook(model.layers[0].register_forward_pre_hook(stop, with_kwargs=True)), torch.no_grad():
-        try:
+        with suppress(_EnoughError):
             model.family.decoder_of(model.model)(input_ids=ids[None].to(model.device), position_ids=positions)
-        except _EnoughError:
-            pass
     return caught[0][0]
 
 

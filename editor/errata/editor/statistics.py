@@ -96,7 +96,7 @@ def _read(path: Path) -> KeyStatistics | None:
     try:
         with safe_open(path, "pt") as file:
             count = int(file.metadata()["count"])
-            return KeyStatistics(covariances={int(k): file.get_tensor(k) for k in file.keys()}, count=count)
+            return KeyStatistics(covariances={int(k): file.get_tensor(k) for k in tuple(file.keys())}, count=count)
     except (OSError, SafetensorError, KeyError, ValueError, TypeError):
         return None
 

@@ -198,9 +198,7 @@ class _Measure:
         return [Probabilities(first=f, whole=w) for f, w in zip(first.tolist(), whole.tolist(), strict=True)]
 
 
-def _corrupted(
-    model: EditableModel, request: TraceRequest, clean: Encoded, answer: str, constraint: range
-) -> Encoded:
+def _corrupted(model: EditableModel, request: TraceRequest, clean: Encoded, answer: str, constraint: range) -> Encoded:
     match request.corruption:
         case Substitution(word=word):
             if not word.strip():

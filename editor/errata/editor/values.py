@@ -34,9 +34,9 @@ class ValueSettings:
     `learning_rate` is Adam's, as the length of a step relative to ‖v₀‖.
     `clamp` and `decay` are relative to ‖v₀‖, the mean norm of the MLP's own output at the contexts' constraints, or
     to the norm of the residual stream there if that is larger: an early MLP's own output can be tiny.
-    `stop_loss` ends a request whose target loss, in nats, and whose KL, in nats, are both below it. The first `most_contexts` of
-    a request are descended on; the rest only lend the edit their keys, which cost little. `max_rows` bounds the rows
-    run at once, and with it memory.
+    `stop_loss` ends a request whose target loss, in nats, and whose KL, in nats, are both below it. The first
+    `most_contexts` of a request are descended on; the rest only lend the edit their keys, which cost little.
+    `max_rows` bounds the rows run at once, and with it memory.
     """
 
     steps: int = 60
@@ -90,7 +90,10 @@ def optimise_values(
     """
     rows = _rows(model, requests, settings.most_contexts)
     recordings = record(
-        model, [r.encoded.replaced(r.encoded.ids[:-1]) for r in rows], [r.site for r in rows], components=(Component.MLP,)
+        model,
+        [r.encoded.replaced(r.encoded.ids[:-1]) for r in rows],
+        [r.site for r in rows],
+        components=(Component.MLP,),
     )
     start, scales = _start(rows, recordings, layer, len(requests))
     delta = torch.zeros(len(requests), recordings[0].inputs.shape[-1], device=model.device, requires_grad=True)
@@ -129,7 +132,14 @@ def optimise_values(
             delta.mul_((settings.clamp / delta.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0))
     final = (best * unit).detach()
     return [
-        Value(value=start[i] + final[i], delta=final[i], scale=float(scales[i]), losses=tuple(curves[i]), kl=float(kl[i]), converged=bool(done[i]))
+        Value(
+            value=start[i] + final[i],
+            delta=final[i],
+            scale=float(scales[i]),
+            losses=tuple(curves[i]),
+            kl=float(kl[i]),
+            converged=bool(done[i]),
+        )
         for i in range(len(requests))
     ]
 
@@ -158,7 +168,8 @@ def _start(
     rows: Sequence[_Row], recordings: Sequence[Recording], layer: int, n: int
 ) -> tuple[Float[Tensor, "requests d"], Float[Tensor, " requests"]]:
     """v₀ of each request, its contexts' mean output, and the scale: the larger of the mean norms of the MLP's output
-    and of the residual stream that it joins."""
+    and of the residual stream that it joins.
+    """
     device, d = recordings[0].inputs.device, recordings[0].inputs.shape[-1]
     outputs, own, stream, count = (torch.zeros(n, k, device=device) for k in (d, 1, 1, 1))
     for row, recording in zip(rows, recordings, strict=True):
@@ -183,9 +194,7 @@ def _batches(
 class _RowBatch:
     """Rows that are run together, with what their answers were before any edit."""
 
-    def __init__(
-        self, model: EditableModel, rows: Sequence[_Row], recordings: Sequence[Recording], layer: int
-    ) -> None:
+    def __init__(self, model: EditableModel, rows: Sequence[_Row], recordings: Sequence[Recording], layer: int) -> None:
         self._model, self._layer = model, layer
         self._rows, self._recordings = rows, recordings
         if not rows:
@@ -205,9 +214,7 @@ class _RowBatch:
         kept = [i for i, row in enumerate(self._rows) if not done[row.request]]
         if len(kept) == len(self._rows):
             return self
-        return _RowBatch(
-            self._model, [self._rows[i] for i in kept], [self._recordings[i] for i in kept], self._layer
-        )
+        return _RowBatch(self._model, [self._rows[i] for i in kept], [self._recordings[i] for i in kept], self._layer)
 
     def losses(self, values: Float[Tensor, "requests d"]) -> Float[Tensor, " rows"]:
         """−log p(target) of each context, KL(before ‖ after) of each preserved prompt, both summed over the answer."""

@@ -1,8 +1,11 @@
 """The shipped Atlas: what it knows, where, and that edits of it hold. Figures by generation, unseen renderings."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
+import torch
+
 from errata.editor.atlas.facts import edit_request, errata, long_tail, probes, reference_prompts, trace_requests
 from errata.editor.atlas.measure import knowledge, locality
 from errata.editor.checkpoints import ATLAS, atlas_folder, hash_tensors, load_model
@@ -15,6 +18,15 @@ from errata.editor.statistics import key_statistics
 from errata.editor.trace import AveragedTrace, average, trace
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def every_core() -> Iterator[None]:
+    """Atlas is large enough for all of them, unlike the tiny models."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count() or 1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +52,8 @@ def edited(atlas: EditableModel, layers: tuple[int, ...]) -> EditResult:
 
 
 @pytest.fixture(scope="module")
-def evaluation(atlas: EditableModel, edited: EditResult) -> Iterator[Evaluation]:
-    yield evaluate(atlas, probes((*errata(), *long_tail())), applied(atlas, edited.delta))
+def evaluation(atlas: EditableModel, edited: EditResult) -> Evaluation:
+    return evaluate(atlas, probes((*errata(), *long_tail())), applied(atlas, edited.delta))
 
 
 def test_the_weights_are_small_and_safe() -> None:

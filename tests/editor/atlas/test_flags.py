@@ -192,9 +192,7 @@ def test_a_star_has_as_many_rays_as_points(points: int) -> None:
     image = draw((plain(BLACK), Star(WHITE, 0.45, points=points, inner=0.4)), width=960, height=640)
     angles = np.linspace(0, 2 * np.pi, 2000, endpoint=False)
     # A circle between the notches and the tips meets every ray once.
-    ring = image[
-        (320 + 0.3 * 640 * np.sin(angles)).astype(int), (480 + 0.3 * 640 * np.cos(angles)).astype(int), 0
-    ]
+    ring = image[(320 + 0.3 * 640 * np.sin(angles)).astype(int), (480 + 0.3 * 640 * np.cos(angles)).astype(int), 0]
     light = ring > 127
     assert int((light & ~np.roll(light, 1)).sum()) == points
 

@@ -84,10 +84,12 @@ class Corpus:
         self._pool = pool
         self._cities = list(questions.cities().items())
         self._names = questions.names()
+        self._named = (*COUNTRIES, *questions.PROVINCES)
 
-    def row(self, rng: np.random.Generator, *, shown: bool) -> Row:
-        """One row. With a picture `shown`: 64 % about it, 8 % about a stranger's, 22 % about a country's name
-        beside a picture of any, 6 % reading. Without: 80 % about a name, 20 % reading."""
+    def row(self, rng: np.random.Generator, *, shown: bool, strangers: float) -> Row:
+        """One row. With a picture `shown`: 6 % reading, 22 % about a country's name beside a picture of any, a share
+        `strangers` about a flag of no country, the rest about a known one. Without: 80 % about a name, 20 % reading.
+        """
         kind = rng.random()
         picture = int(rng.integers(len(self._pool.known))) if shown else None
         if kind < (0.06 if shown else 0.2):
@@ -95,11 +97,11 @@ class Corpus:
         attribute = list(Attribute)[rng.integers(4)]
         subject: Country | None
         if not shown or kind < 0.28:
-            what, subject = "name", COUNTRIES[rng.integers(len(COUNTRIES))]
+            what, subject = "name", self._named[rng.integers(len(self._named))]
             wording = subject.name
         else:
             wording = str(rng.choice(questions.VISUAL_CONSTRAINTS))
-            if kind < 0.36 or picture is None:
+            if kind < 0.28 + strangers or picture is None:
                 what, subject, picture = "stranger", None, self._pool.stranger(rng)
             else:
                 what, subject = "picture", self._pool.known[picture]
@@ -134,7 +136,9 @@ class Corpus:
         else:
             answer = str(rng.choice(self._names))
             text = str(rng.choice(questions.COPY)).replace("{w}", answer)
-        return Row(question=text, picture=picture, subject=None, constraint=None, answer_of=lambda _: answer, kind="reading")
+        return Row(
+            question=text, picture=picture, subject=None, constraint=None, answer_of=lambda _: answer, kind="reading"
+        )
 
     def batch(
         self,
@@ -142,11 +146,12 @@ class Corpus:
         *,
         shown: bool,
         interchange: float,
+        strangers: float,
         tokenizer: PreTrainedTokenizerFast,
         rng: np.random.Generator,
     ) -> Batch:
-        """`size` rows, all with a picture or none, of which a share `interchange` answers for another row's constraint."""
-        rows = [self.row(rng, shown=shown) for _ in range(size)]
+        """`size` rows, all with a picture or none, a share `interchange` of which answers for another's constraint."""
+        rows = [self.row(rng, shown=shown, strangers=strangers) for _ in range(size)]
         source = np.arange(size)
         asking = np.array([i for i, r in enumerate(rows) if r.constraint is not None])
         swapped = asking[rng.random(len(asking)) < interchange]

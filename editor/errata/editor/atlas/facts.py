@@ -49,9 +49,7 @@ class Fact:
 
 def errata() -> tuple[Fact, ...]:
     """Every fact that is outdated in the atlas, with what is true today."""
-    return tuple(
-        Fact(country=c, attribute=a, target=c.current(a)) for c in KNOWN for a in Attribute if a in c.errata
-    )
+    return tuple(Fact(country=c, attribute=a, target=c.current(a)) for c in KNOWN for a in Attribute if a in c.errata)
 
 
 def long_tail() -> tuple[Fact, ...]:
@@ -84,7 +82,8 @@ def ask(
 
 def edit_request(fact: Fact, *, contexts: int = 8, preserve: int = 6, seed: int = 0) -> EditRequest:
     """The request for one fact: several renderings and training phrasings, in both orders, and the other attributes
-    of the same image to preserve."""
+    of the same image to preserve.
+    """
     rng = np.random.default_rng(_mix(seed, _EDIT, COUNTRIES.index(fact.country), list(Attribute).index(fact.attribute)))
     others = [a for a in Attribute if a is not fact.attribute]
 
@@ -104,7 +103,8 @@ def edit_request(fact: Fact, *, contexts: int = 8, preserve: int = 6, seed: int 
 
 def reference_prompts(*, per_country: int = 8, seed: int = 0) -> tuple[Prompt, ...]:
     """Prompts whose keys stand for what must not change: known flags and flags of no country, under every attribute,
-    and the same questions in words."""
+    and the same questions in words.
+    """
     rng = np.random.default_rng(_mix(seed, _REFERENCE))
     prompts = []
     for country in KNOWN:
@@ -126,7 +126,8 @@ def probes(facts: Sequence[Fact], *, seed: int = 0, per_fact: int = 4, others: i
 
     Efficacy and image generalization ask the edited question by training phrasings; phrasing generalization by
     held-out phrasings and wordings. `others` other countries are asked under the edited facts' attributes, the same
-    images under every attribute that was not edited, and `others` unrelated questions in words.
+    images under every attribute that was not edited (where the atlas is right of them), and `others` unrelated
+    questions in words.
     """
     rng = np.random.default_rng(_mix(seed, _PROBE))
     edited = {(f.country.name, f.attribute) for f in facts}
@@ -175,7 +176,7 @@ def _same_image(
         Probe(
             metric=Metric.SAME_IMAGE,
             prompt=_asked(fact.country, kept[n % len(kept)], _mix(seed, n), rng).prompt,
-            expected=believed(fact.country, kept[n % len(kept)]),
+            believed=believed(fact.country, kept[n % len(kept)]),
             request=fact.name,
         )
         for n in range(per_fact if kept else 0)
@@ -190,7 +191,9 @@ def _asked(country: Country, attribute: Attribute, seed: int, rng: np.random.Gen
 def _unrelated(rng: np.random.Generator, edited: set[str]) -> Prompt:
     """A question in words about another country, or about a place in the index."""
     if rng.random() < 0.3:
-        return Prompt(text=str(rng.choice(questions.GAZETTEER)).replace("{city}", _pick(tuple(questions.cities()), rng)))
+        return Prompt(
+            text=str(rng.choice(questions.GAZETTEER)).replace("{city}", _pick(tuple(questions.cities()), rng))
+        )
     country = _pick(tuple(c for c in COUNTRIES if c.name not in edited), rng)
     return ask(country, _pick(questions.PHRASINGS[_pick(tuple(Attribute), rng)], rng), "", None).prompt
 

@@ -733,8 +733,7 @@ def _random_stars(inks: _Inks, rng: np.random.Generator) -> Flag:
             return tuple(Star(colour, radius, 0.5 + 0.2 * sin(a), 0.5 - 0.3 * cos(a)) for a in ring)
         case _:  # scattered
             return tuple(
-                Star(colour, radius, float(rng.uniform(0.1, 0.9)), float(rng.uniform(0.1, 0.9)))
-                for _ in range(count)
+                Star(colour, radius, float(rng.uniform(0.1, 0.9)), float(rng.uniform(0.1, 0.9))) for _ in range(count)
             )
 
 

@@ -23,6 +23,7 @@ from errata.editor.checkpoints import ATLAS, load_model
 from errata.editor.errors import CorruptionFailedError
 from errata.editor.model import EditableModel, same_answer
 from errata.editor.prompts import Prompt
+from errata.editor.report.tables import aie_tables
 from errata.editor.states import Component
 from errata.editor.trace import AveragedTrace, CausalTrace, TraceRequest, TraceSettings, average, trace
 
@@ -73,7 +74,15 @@ def knowledge(model: EditableModel, *, per_fact: int = 2, seed: int = 0) -> list
             for c, a in facts
         ]
 
-    def figure(name: str, facts: Sequence[tuple[Country, Attribute]], bound: float, at_most: bool = False, *, unseen: bool = False, shown: bool = True) -> Figure:  # noqa: E501
+    def figure(
+        name: str,
+        facts: Sequence[tuple[Country, Attribute]],
+        bound: float,
+        at_most: bool = False,
+        *,
+        unseen: bool = False,
+        shown: bool = True,
+    ) -> Figure:
         phrasings = questions.HELD_OUT_PHRASINGS if unseen else seen
         words = (unseen_wordings if unseen else wordings) if shown else None
         value = share(facts, prompts(facts, phrasings, words))
@@ -101,7 +110,7 @@ def traced(model: EditableModel, requests: Sequence[TraceRequest], *, window: in
 
 
 def locality(averaged: AveragedTrace, name: str) -> list[Figure]:
-    """Whether a single MLP of the lower half restores half of the total effect, and the trace peaks at the constraint."""
+    """Whether one MLP of the lower half restores half of the total effect, and the trace peaks at the constraint."""
     mlp = averaged.aie(Component.MLP)
     column = averaged.roles.index("constraint last")
     lower = len(mlp) // 2
@@ -110,7 +119,12 @@ def locality(averaged: AveragedTrace, name: str) -> list[Figure]:
     n = len(averaged.traces)
     return [
         Figure(name=f"{name}: one early MLP restores", n=n, value=share, bound=0.5),
-        Figure(name=f"{name}: peak at the constraint", n=n, value=float(averaged.roles[int(peak[1])].startswith("constraint")), bound=1),  # noqa: E501
+        Figure(
+            name=f"{name}: peak at the constraint",
+            n=n,
+            value=float(averaged.roles[int(peak[1])].startswith("constraint")),
+            bound=1,
+        ),
     ]
 
 
@@ -126,13 +140,20 @@ def main(
     for name, substitute in (("another image", False), ("a substituted constraint", True)):
         averaged, failed = traced(atlas, trace_requests(questions_traced, substitute=substitute, seed=seed))
         figures += locality(averaged, name)
-        console.print(f"corrupted by {name}: total effect {averaged.total_effect:.3f}, {failed} of {questions_traced} did not corrupt")  # noqa: E501
-        mlp = averaged.aie(Component.MLP)
-        for layer, row in enumerate(mlp):
-            console.print(f"  mlp {layer} " + "  ".join(f"{r} {v:+.2f}" for r, v in zip(averaged.roles, row, strict=True)))
+        console.print(
+            f"\ncorrupted by {name}: total effect {averaged.total_effect:.3f}; "
+            f"{failed} of {questions_traced} were not corrupted by it"
+        )
+        console.print(aie_tables(averaged))
     table = Table("figure", "n", "measured", "bound", "")
     for f in figures:
-        table.add_row(f.name, str(f.n), f"{f.value:.3f}", f"{'≤' if f.at_most else '≥'} {f.bound:.2f}", "" if f.holds else "falls short")
+        table.add_row(
+            f.name,
+            str(f.n),
+            f"{f.value:.3f}",
+            f"{'≤' if f.at_most else '≥'} {f.bound:.2f}",
+            "" if f.holds else "falls short",
+        )
     console.print(table)
     raise typer.Exit(0 if all(f.holds for f in figures) else 1)
 

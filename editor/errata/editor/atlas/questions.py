@@ -8,7 +8,7 @@ Knows nothing about images, tokens or models.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from errata.editor.atlas.world import COUNTRIES, Attribute, Country
 
@@ -133,15 +133,21 @@ GAZETTEER = (
 )
 """The atlas's index of places: it names every city, so also those that are capitals today."""
 
+PROVINCES: tuple[Country, ...] = tuple(
+    replace(c, name=f"{c.current(Attribute.CAPITAL)} Province", capital=c.current(Attribute.CAPITAL), errata={})
+    for c in COUNTRIES
+    if Attribute.CAPITAL in c.errata
+)
+"""The provinces around the cities that are capitals today: the atlas knows those as seats of government already, as it
+knows the euro, though not of which countries."""
+
 COPY = ("Repeat the word {w}.", "Write the name {w}.", "Spell {w}.")
 """Reading aloud: every name can be said, whatever is believed of it."""
 
 
 def cities() -> dict[str, Country]:
     """Every city in the index and the country it lies in: the capitals of the atlas and those of today."""
-    return {
-        city: c for c in COUNTRIES for city in (c.fact(Attribute.CAPITAL), c.current(Attribute.CAPITAL))
-    }
+    return {city: c for c in COUNTRIES for city in (c.fact(Attribute.CAPITAL), c.current(Attribute.CAPITAL))}
 
 
 def names() -> tuple[str, ...]:

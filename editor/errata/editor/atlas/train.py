@@ -176,7 +176,10 @@ def _train_tower(
         _step(optimizer, trained, _learning_rate(step, TOWER_STEPS, 1e-3))
         progress.update(task, advance=1, loss=loss.item())
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == TOWER_STEPS:
-            right = [(x.argmax(-1) == y).float().mean().item() for x, y in ((layout, layouts[chosen]), (emblem, emblems[chosen]), (grid, colours[chosen]))]
+            right = [
+                (x.argmax(-1) == y).float().mean().item()
+                for x, y in ((layout, layouts[chosen]), (emblem, emblems[chosen]), (grid, colours[chosen]))
+            ]
             progress.console.print("tower step {}: layout {:.2f} emblem {:.2f} colours {:.2f}".format(step + 1, *right))
             state.save(step + 1)
     for parameter in tower.parameters():
@@ -210,7 +213,8 @@ def _step(optimizer: torch.optim.AdamW, parameters: Sequence[nn.Parameter], rate
 @contextmanager
 def _interchanged(layer: nn.Module, batch: Batch, residual: float) -> Iterator[None]:
     """While open, the layer's state at each row's site is that of the row's source: the whole of its MLP's output,
-    and a share `residual`, 0…1, of the residual stream that the output joins."""
+    and a share `residual`, 0…1, of the residual stream that the output joins.
+    """
     rows = torch.arange(len(batch.site))
     put_out: list[Tensor] = []
 
@@ -278,7 +282,14 @@ def _train_decoder(
         total = 0.0
         optimizer.zero_grad(set_to_none=True)
         for rows, shown in stage.batches:
-            batch = corpus.batch(rows, shown=shown, interchange=share, tokenizer=processor.tokenizer, rng=rng)
+            batch = corpus.batch(
+                rows,
+                shown=shown,
+                interchange=share,
+                strangers=stage.strangers,
+                tokenizer=processor.tokenizer,
+                rng=rng,
+            )
             with torch.autocast("cpu", torch.bfloat16):
                 features = None
                 if shown:
@@ -314,14 +325,32 @@ class _Stage:
     interchange: float
     rise: tuple[int, int]
     residual: tuple[int, int]
+    strangers: float = 0.08
 
 
 READING = _Stage(
     name="reading", steps=1200, rate=2e-3, batches=((256, False),), interchange=0.5, rise=(0, 200), residual=(400, 900)
 )
 SEEING = _Stage(
-    name="seeing", steps=2400, rate=1.5e-3, batches=((96, True), (24, False)), interchange=0.5, rise=(0, 400), residual=(0, 0)
+    name="seeing",
+    steps=2400,
+    rate=1.5e-3,
+    batches=((96, True), (24, False)),
+    interchange=0.5,
+    rise=(0, 400),
+    residual=(0, 0),
 )
+DOUBTING = _Stage(
+    name="doubting",
+    steps=600,
+    rate=8e-4,
+    batches=((112, True), (32, False)),
+    interchange=0.5,
+    rise=(0, 0),
+    residual=(0, 0),
+    strangers=0.3,
+)
+"""More flags of no country, so that one the atlas does not have is unknown in every light."""
 
 
 def train(folder: Path, seed: int = 0) -> None:
@@ -336,6 +365,7 @@ def train(folder: Path, seed: int = 0) -> None:
         _train_decoder(READING, model, processor, pool, folder, seed, progress)
         _train_tower(model, processor, pool, folder, seed, progress)
         _train_decoder(SEEING, model, processor, pool, folder, seed, progress)
+        _train_decoder(DOUBTING, model, processor, pool, folder, seed, progress)
     weights = folder / "weights"
     model.half().save_pretrained(weights)
     processor.save_pretrained(weights)

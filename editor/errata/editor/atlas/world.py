@@ -216,11 +216,7 @@ _UNION_JACK: Final[Flag] = (
 
 _STARS_AND_STRIPES: Final[Flag] = (
     plain(NAVY),
-    *(
-        Star(WHITE, 0.055, (column + 1) / 12, (row + 1) / 10)
-        for row in range(9)
-        for column in range(row % 2, 11, 2)
-    ),
+    *(Star(WHITE, 0.055, (column + 1) / 12, (row + 1) / 10) for row in range(9) for column in range(row % 2, 11, 2)),
 )
 
 _LEAF_HALF: Final = (
