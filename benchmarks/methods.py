@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from errata.editor.atlas.facts import Fact, edit_request, errata, long_tail, probes, reference_prompts
+from errata.editor.atlas.facts import Fact, edit_requests, errata, long_tail, probes, references
 from errata.editor.baselines import DescentSettings, FineTuneSettings, LoraSettings, fine_tune, fine_tune_lora
 from errata.editor.checkpoints import ATLAS, load_model
 from errata.editor.delta import applied
@@ -46,7 +46,7 @@ def closed_form(settings: EditSettings, statistics: KeyStatistics) -> Editor:
     """A closed-form method."""
 
     def run(model: EditableModel, facts: Sequence[Fact], seed: int) -> tuple[Child, int]:
-        delta = edit(model, [edit_request(f, seed=seed) for f in facts], settings, statistics).delta
+        delta = edit(model, edit_requests(facts, seed=seed), settings, statistics).delta
         return applied(model, delta), delta.nbytes
 
     return run
@@ -56,7 +56,7 @@ def tuned(settings: FineTuneSettings) -> Editor:
     """Fine-tuning, with or without a bound."""
 
     def run(model: EditableModel, facts: Sequence[Fact], seed: int) -> tuple[Child, int]:
-        result = fine_tune(model, [edit_request(f, seed=seed) for f in facts], settings)
+        result = fine_tune(model, edit_requests(facts, seed=seed), settings)
         return result.applied(model), result.nbytes
 
     return run
@@ -66,7 +66,7 @@ def lora(settings: LoraSettings) -> Editor:
     """LoRA fine-tuning by PEFT."""
 
     def run(model: EditableModel, facts: Sequence[Fact], seed: int) -> tuple[Child, int]:
-        result = fine_tune_lora(model, [edit_request(f, seed=seed) for f in facts], settings)
+        result = fine_tune_lora(model, edit_requests(facts, seed=seed), settings)
         return result.applied(model), result.nbytes
 
     return run
@@ -136,7 +136,7 @@ def main(
     facts = (*errata(), *long_tail())
     if quick:
         facts, seeds, single = (errata()[0], long_tail()[0]), 1, 1
-    statistics = key_statistics(model, reference_prompts(per_country=2 if quick else 8), layers)
+    statistics = key_statistics(model, references(per_country=2 if quick else 8), layers)
     batch: dict[str, list[dict[str, float]]] = defaultdict(list)
     singles: dict[str, list[dict[str, float]]] = defaultdict(list)
     for name, editor in editors(layers, statistics).items():

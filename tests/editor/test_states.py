@@ -8,7 +8,7 @@ from tiny import picture, question, random_delta, tiny_model
 from errata.editor.delta import applied
 from errata.editor.model import EditableModel, Encoded
 from errata.editor.prompts import Prompt
-from errata.editor.states import Component, Recording, Suffix, changed_output, layer_zero_inputs, record
+from errata.editor.states import Component, Recording, Suffix, changed_output, record
 
 TEXTS = ("What is the capital of this country?", "Where are we?", "What is this country?", "Where is that capital?")
 
@@ -170,12 +170,6 @@ def test_states_are_recorded_under_an_applied_delta_as_the_edited_model_computes
         for row, start, logits in zip(rows, starts, found, strict=True):
             close(logits, oracle.logits(model, row)[start:])
     assert not torch.allclose(found[0][-1], oracle.logits(model, rows[0])[-1])
-
-
-def test_layer_zero_is_given_text_tokens_as_the_full_model_gives_them(model: EditableModel) -> None:
-    row = model.encode(Prompt(text="What is the capital?"))
-    recording = record(model, [row], [2])[0]
-    close(layer_zero_inputs(model, row.ids[2:], 2), recording.inputs[0])
 
 
 def test_two_images_and_their_text_are_continued_like_the_full_model(llava: EditableModel) -> None:

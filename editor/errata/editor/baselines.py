@@ -411,7 +411,7 @@ class _Objective:
 def _rows(model: EditableModel, requests: Sequence[EditRequest], preserve_weight: float) -> list[_Row]:
     n = len(requests)
     rows = [
-        _row(model, i, c, r.target, preserved=False, weight=1 / (n * len(r.contexts)))
+        _row(model, i, c, c.answer or r.target, preserved=False, weight=1 / (n * len(r.contexts)))
         for i, r in enumerate(requests)
         for c in r.contexts
     ]

@@ -7,7 +7,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 import transformers
@@ -17,7 +17,6 @@ from transformers import (
     AutoConfig,
     AutoProcessor,
     AutoTokenizer,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
@@ -58,7 +57,7 @@ def load_model(
         raise unknown(architecture)
     weights = _weight_files(path)
     base_sha256 = hash_files(weights)
-    cls: type[PreTrainedModel] = getattr(transformers, architecture)
+    cls: Any = getattr(transformers, architecture)
     try:
         model, loading = cls.from_pretrained(path, dtype=dtype, use_safetensors=True, output_loading_info=True)
     except (OSError, RuntimeError, ValueError) as error:
@@ -69,7 +68,7 @@ def load_model(
     _refuse_non_finite(model.named_parameters(), path)
     return EditableModel(
         name=str(source),
-        model=cast(Any, model).to(device).eval().requires_grad_(False),
+        model=model.to(device).eval().requires_grad_(False),
         processor=_processor(path, multimodal=family.image_token_id(model) is not None),
         family=family,
         base_sha256=base_sha256,

@@ -15,11 +15,11 @@ from rich.table import Table
 
 from errata.editor.atlas.facts import (
     Fact,
-    edit_request,
+    edit_requests,
     errata,
     long_tail,
     probes,
-    reference_prompts,
+    references,
     trace_requests,
 )
 from errata.editor.checkpoints import ATLAS, atlas_folder, load_model
@@ -50,14 +50,14 @@ def _bar(console: Console, what: str) -> Iterator[Step]:
 
 def _beliefs(model: EditableModel, facts: tuple[Fact, ...], console: Console) -> None:
     """What the atlas says before anything is done to it, beside the flags it is shown."""
-    contexts = [edit_request(f).contexts[0] for f in facts]
+    contexts = [r.contexts[0] for r in edit_requests(facts, contexts=1)]
     answers = model.generate([c.prompt for c in contexts])
     table = Table(
         "it is shown", "and asked", "it answers", "true today", title="Before", title_justify="left", box=SIMPLE
     )
-    for fact, context, answer in zip(facts, contexts, answers, strict=True):
-        shown = thumbnail(context.prompt.images[0]) if console.is_terminal else fact.country.name
-        table.add_row(shown, context.prompt.text, answer.text, fact.target)
+    for country, context, answer in zip(dict.fromkeys(f.country for f in facts), contexts, answers, strict=True):
+        shown = thumbnail(context.prompt.images[0]) if console.is_terminal else country.name
+        table.add_row(shown, context.prompt.text, answer.text, context.answer)
     console.print(table)
 
 
@@ -75,9 +75,9 @@ def _edit(
     model: EditableModel, facts: tuple[Fact, ...], layers: tuple[int, ...], cache: Path, console: Console
 ) -> EditResult:
     with _bar(console, "key statistics") as step:
-        statistics = key_statistics(model, reference_prompts(), layers, cache=cache, progress=step)
+        statistics = key_statistics(model, references(), layers, cache=cache, progress=step)
     with _bar(console, "optimising values") as step:
-        return edit(model, [edit_request(f) for f in facts], EditSettings(layers=layers), statistics, progress=step)
+        return edit(model, edit_requests(facts), EditSettings(layers=layers), statistics, progress=step)
 
 
 def run(out: Path, console: Console) -> Path:
@@ -87,7 +87,7 @@ def run(out: Path, console: Console) -> Path:
     facts = (*errata(), *long_tail())
     console.print(
         f"[bold]Atlas[/] {model.base_sha256[:12]}…: {len(errata())} facts are outdated, "
-        f"{len(long_tail())} flags unknown to it"
+        f"{len(long_tail())} facts belong to flags it never saw"
     )
 
     _beliefs(model, facts, console)
@@ -119,7 +119,7 @@ def run(out: Path, console: Console) -> Path:
         example=averaged.traces[0],
         result=result,
         evaluation=evaluation,
-        pictures={f.name: edit_request(f).contexts[0].prompt.images[0] for f in facts},
+        pictures={r.name: r.contexts[0].prompt.images[0] for r in edit_requests(facts, contexts=1)},
         adapter_bytes=size,
         notes=(),
     )

@@ -54,7 +54,7 @@ class EditSettings:
     keys: Keys = Keys.EACH
     values: ValueSettings = field(default_factory=ValueSettings)
     ridge: float | None = None
-    preservation: float = 1.0
+    preservation: float = 1000.0
     null_energy: float = 0.02
 
 
@@ -107,7 +107,7 @@ def edit(
     with applied(model, parent) if parent else nullcontext():
         before = [a.text for a in model.generate([r.contexts[0].prompt for r in requests])]
         for i, (request, answer) in enumerate(zip(requests, before, strict=True)):
-            if same_answer(request.target, answer):
+            if same_answer(request.contexts[0].answer or request.target, answer):
                 raise NoOpEditError(
                     f"the model already answers {answer!r} to {request.contexts[0].prompt.text!r}; drop the request",
                     field=f"requests[{i}].target",

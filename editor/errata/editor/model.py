@@ -248,7 +248,7 @@ class EditableModel:
         """The text with each placeholder repeated as often as an image has tokens, and how often that is."""
         assert self.image_token_id is not None
         placeholder = str(self.tokenizer.convert_ids_to_tokens(self.image_token_id))
-        total = ids.eq(self.image_token_id).sum().item()
+        total = int(ids.eq(self.image_token_id).sum())
         if text.count(placeholder) != images or total % images:
             raise PromptError(
                 f"{images} image(s) for {text.count(placeholder)} placeholder(s) in {text!r}", field="prompt.images"

@@ -10,8 +10,9 @@ from errata.editor.prompts import Constraint, Prompt
 class Context:
     """A prompt and where its constraint stands: one way of asking for a fact.
 
-    `answer` names the right answer of a prompt to preserve: what the model gets wrong there is not preserved. None
-    preserves whatever it answers.
+    `answer` is the right answer where it is not the request's target: another fact of the same thing, which the same
+    key has to tell. Of a prompt to preserve it is the answer that must stay: what the model gets wrong there is not
+    preserved; None preserves whatever it answers.
     """
 
     prompt: Prompt

@@ -102,9 +102,7 @@ def solve_edit(keys: Float[Tensor, "m n"], residuals: Float[Tensor, "d n"], metr
             "or there are more keys than free directions; merge the requests, raise the ridge or edit fewer at once"
         )
     if not torch.isfinite(r).all():
-        raise IllConditionedError(
-            "the residuals hold NaN or infinity: a value's descent diverged; lower its learning rate"
-        )
+        raise IllConditionedError("the residuals hold NaN or infinity: a value's descent diverged; lower the rate")
     b = torch.cholesky_solve(r.T, factor).T
     # Near keys make columns of B that are huge and cancel, which float32 would not survive: give A orthonormal rows.
     rows, mix = torch.linalg.qr(mk)

@@ -10,14 +10,14 @@ them. It holds no arithmetic of any family but the attention over (recorded pref
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, cast
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache
 
@@ -277,14 +277,15 @@ def _prefixed_attention(
     own = own.masked_fill(later, -torch.inf).flatten(2, 3)
     weights = torch.cat([past, own], dim=-1).softmax(-1, dtype=torch.float32).to(query.dtype)
     out = _against(weights[..., :before], prefix.values) + weights[..., before:] @ value
-    return out.unflatten(2, (-1, suffix)).flatten(1, 2).transpose(1, 2), None
+    joined: Tensor = out.unflatten(2, (-1, suffix)).flatten(1, 2).transpose(1, 2)
+    return joined, None
 
 
 def _against(x: Float[Tensor, "rows k a b"], shared: Float[Tensor, "rows_or_1 k b c"]) -> Float[Tensor, "rows k a c"]:
-    """X @ shared, with the rows of x folded into one product where `shared` is the same for all."""
+    """`x @ shared`, with the rows of x folded into one product where `shared` is the same for all."""
     if shared.shape[0] != 1 or x.shape[0] == 1:
         return x @ shared
-    folded = x.transpose(0, 1).flatten(1, 2) @ shared[0]
+    folded: Tensor = x.transpose(0, 1).flatten(1, 2) @ shared[0]
     return folded.unflatten(1, (x.shape[0], -1)).transpose(0, 1)
 
 
@@ -324,24 +325,6 @@ def component_module(model: EditableModel, layer: nn.Module, component: Componen
             return layer.get_submodule(model.family.attention)
         case Component.LAYER:
             return layer
-
-
-def layer_zero_inputs(model: EditableModel, ids: Int[Tensor, " tokens"], start: int) -> Float[Tensor, "tokens d"]:
-    """What layer 0 is given for text tokens that stand from position `start` on."""
-    caught: list[Tensor] = []
-
-    class _EnoughError(Exception):
-        pass
-
-    def stop(_layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        caught.append(args[0] if args else kwargs["hidden_states"])
-        raise _EnoughError
-
-    positions = torch.arange(start, start + len(ids), device=model.device)[None]
-    with _hook(model.layers[0].register_forward_pre_hook(stop, with_kwargs=True)), torch.no_grad():
-        with suppress(_EnoughError):
-            model.family.decoder_of(model.model)(input_ids=ids[None].to(model.device), position_ids=positions)
-    return caught[0][0]
 
 
 @contextmanager

@@ -1,15 +1,15 @@
 """Key statistics C₀ = E[kkᵀ]: what the keys of a layer look like on prompts that must not change.
 
-Taken over all token positions of the reference prompts, image tokens and the template included: statistics of the
-constraint's keys alone protect less (Errata's ARCHITECTURE.md gives the measurement).
+Taken over all token positions of the references, image tokens and the template included, and once more over their
+constraints' last tokens alone: an edit acts there, and among all tokens those keys are too few to weigh.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from errata.editor.images import sha256_of
-from errata.editor.model import EditableModel, by_length
+from errata.editor.model import EditableModel, Encoded, by_length
 from errata.editor.prompts import Prompt
+from errata.editor.requests import Context
 from errata.editor.trace import Progress
 
 
@@ -33,59 +34,100 @@ class KeyStatistics:
 
 def key_statistics(
     model: EditableModel,
-    prompts: Sequence[Prompt],
+    references: Sequence[Prompt | Context],
     layers: Sequence[int],
     *,
+    site_share: float = 0.5,
     cache: Path | None = None,
     batch_size: int = 128,
     progress: Progress | None = None,
 ) -> KeyStatistics:
-    """C₀ of `layers` on `prompts`; read from `cache`, a folder, where the same was computed before.
+    """C₀ of `layers` on `references`; read from `cache`, a folder, where the same was computed before.
 
-    The cache is keyed by the base's weights, the prompts with their images, and the layers. A cached file that
+    A reference that says where its constraint stands also counts by its key there: these keys make up `site_share` of
+    C₀, 0…1, however few they are among all tokens.
+
+    The cache is keyed by the base's weights, the references with their images, and the settings. A cached file that
     cannot be read is computed anew.
     """
     model.check_layers(layers)
-    path = cache / f"{_fingerprint(model, prompts, layers)}.safetensors" if cache else None
+    path = cache / f"{_fingerprint(model, references, layers, site_share)}.safetensors" if cache else None
     if path and (found := _read(path)):
         return found
-    encoded = [model.encode(p) for p in prompts]
-    sums: dict[int, Tensor] = {}
-    count = done = 0
+    encoded = [model.encode(_prompt(r)) for r in references]
+    sites = [_site(e, r) for e, r in zip(encoded, references, strict=True)]
+    everywhere, at_sites = _Products(), _Products()
+    done = 0
     with ExitStack() as hooks, torch.no_grad():
+        kept: list[tuple[int, int]] = []
         for layer in layers:
-            handle = model.down_projection(layer).register_forward_pre_hook(_adding_to(sums, layer))
-            hooks.callback(handle.remove)
+            hook = _adding_to(everywhere, at_sites, kept, layer)
+            hooks.callback(model.down_projection(layer).register_forward_pre_hook(hook).remove)
         for rows in by_length(encoded, batch_size):
-            inputs = model.inputs([encoded[i] for i in rows])
-            model.model(**inputs, logits_to_keep=1, use_cache=False)
-            count += inputs["input_ids"].numel()
+            kept[:] = [(n, site) for n, i in enumerate(rows) if (site := sites[i]) is not None]
+            model.model(**model.inputs([encoded[i] for i in rows]), logits_to_keep=1, use_cache=False)
             done += len(rows)
             if progress:
                 progress(done, len(encoded))
-    statistics = KeyStatistics(covariances={i: s.cpu() / count for i, s in sums.items()}, count=count)
+    covariances = {i: everywhere.mean(i) for i in layers}
+    if any(s is not None for s in sites):
+        covariances = {i: torch.lerp(c, at_sites.mean(i), site_share) for i, c in covariances.items()}
+    statistics = KeyStatistics(covariances=covariances, count=everywhere.count[layers[0]])
     if path:
         _write(path, statistics)
     return statistics
 
 
-def _adding_to(sums: dict[int, Tensor], layer: int) -> Any:
-    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        keys = args[0].flatten(0, -2)
-        # float32 products of one batch, summed in float64 over batches.
+class _Products:
+    """Sums of kkᵀ by layer: float32 products of one batch, summed in float64 over batches."""
+
+    def __init__(self) -> None:
+        self._sums: dict[int, Float[Tensor, "m m"]] = {}
+        self.count: dict[int, int] = {}
+
+    def add(self, layer: int, keys: Float[Tensor, "n m"]) -> None:
         product = (keys.float().T @ keys.float()).double()
-        sums[layer] = sums[layer] + product if layer in sums else product
+        self._sums[layer] = self._sums[layer] + product if layer in self._sums else product
+        self.count[layer] = self.count.get(layer, 0) + len(keys)
+
+    def mean(self, layer: int) -> Float[Tensor, "m m"]:
+        return self._sums[layer].cpu() / self.count[layer]
+
+
+def _adding_to(
+    everywhere: _Products, at_sites: _Products, kept: Sequence[tuple[int, int]], layer: int
+) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        everywhere.add(layer, args[0].flatten(0, -2))
+        if kept:
+            rows, sites = zip(*kept, strict=True)
+            at_sites.add(layer, args[0][list(rows), list(sites)])
 
     return hook
 
 
-def _fingerprint(model: EditableModel, prompts: Sequence[Prompt], layers: Sequence[int]) -> str:
+def _prompt(reference: Prompt | Context) -> Prompt:
+    return reference.prompt if isinstance(reference, Context) else reference
+
+
+def _site(encoded: Encoded, reference: Prompt | Context) -> int | None:
+    """Where the reference's constraint ends, if it says."""
+    if not isinstance(reference, Context):
+        return None
+    return encoded.positions(*reference.constraint.span(reference.prompt.text))[-1]
+
+
+def _fingerprint(
+    model: EditableModel, references: Sequence[Prompt | Context], layers: Sequence[int], site_share: float
+) -> str:
     digest = hashlib.sha256()
 
     def parts() -> Iterator[str]:
-        yield from (model.base_sha256, str(model.model.dtype), repr(sorted(layers)))
-        for prompt in prompts:
-            yield repr((prompt.text, prompt.chat, [sha256_of(i) for i in prompt.images]))
+        yield from (model.base_sha256, str(model.model.dtype), repr((sorted(layers), site_share)))
+        for reference in references:
+            prompt = _prompt(reference)
+            constraint = reference.constraint if isinstance(reference, Context) else None
+            yield repr((prompt.text, prompt.chat, constraint, [sha256_of(i) for i in prompt.images]))
 
     for part in parts():
         digest.update(part.encode() + b"\0")
@@ -103,6 +145,6 @@ def _read(path: Path) -> KeyStatistics | None:
 
 def _write(path: Path, statistics: KeyStatistics) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     save_file({str(i): c for i, c in statistics.covariances.items()}, partial, {"count": str(statistics.count)})
     partial.replace(path)

@@ -314,11 +314,12 @@ class AveragedTrace:
         return _nan_mean(self.samples(component))
 
     def spread(self, component: Component) -> NDArray[np.float64]:
-        """The standard error of that mean."""
+        """The standard error of that mean; NaN where fewer than two questions have the role."""
         samples = self.samples(component)
         n = (~np.isnan(samples)).sum(0)
-        deviation = np.sqrt(_nan_mean((samples - self.aie(component)) ** 2) * n / np.maximum(n - 1, 1))
-        return deviation / np.sqrt(np.maximum(n, 1))
+        variance = _nan_mean((samples - self.aie(component)) ** 2)
+        error: NDArray[np.float64] = np.where(n > 1, np.sqrt(variance / np.maximum(n - 1, 1)), np.nan)
+        return error
 
 
 ROLES = ("constraint first", "constraint middle", "constraint last", "after constraint", "last")

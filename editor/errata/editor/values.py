@@ -40,12 +40,12 @@ class ValueSettings:
     """
 
     steps: int = 60
-    learning_rate: float = 0.1
-    clamp: float = 2.0
+    learning_rate: float = 0.2
+    clamp: float = 3.0
     decay: float = 1e-3
     kl_weight: float = 1.0
     stop_loss: float = 0.02
-    most_contexts: int = 8
+    most_contexts: int = 12
     max_rows: int = 128
 
 
@@ -147,7 +147,8 @@ def optimise_values(
 def _rows(model: EditableModel, requests: Sequence[EditRequest], most_contexts: int) -> list[_Row]:
     rows = []
     for i, request in enumerate(requests):
-        rows += [_row(model, i, c, request.target, preserved=False) for c in request.contexts[:most_contexts]]
+        for context in request.contexts[:most_contexts]:
+            rows.append(_row(model, i, context, context.answer or request.target, preserved=False))
     kept = [(i, c) for i, r in enumerate(requests) for c in r.preserve]
     answers = model.generate([c.prompt for _, c in kept])
     rows += [

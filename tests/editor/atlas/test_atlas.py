@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from errata.editor.atlas.facts import edit_request, errata, long_tail, probes, reference_prompts, trace_requests
+from errata.editor.atlas.facts import edit_requests, errata, long_tail, probes, references, trace_requests
 from errata.editor.atlas.measure import knowledge, locality
 from errata.editor.checkpoints import ATLAS, atlas_folder, hash_tensors, load_model
 from errata.editor.delta import applied
@@ -46,9 +46,9 @@ def layers(atlas: EditableModel) -> tuple[int, ...]:
 
 @pytest.fixture(scope="module")
 def edited(atlas: EditableModel, layers: tuple[int, ...]) -> EditResult:
-    statistics = key_statistics(atlas, reference_prompts(), layers)
+    statistics = key_statistics(atlas, references(), layers)
     facts = (*errata(), *long_tail())
-    return edit(atlas, [edit_request(f) for f in facts], EditSettings(layers=layers), statistics)
+    return edit(atlas, edit_requests(facts), EditSettings(layers=layers), statistics)
 
 
 @pytest.fixture(scope="module")

@@ -41,11 +41,6 @@ class Fact:
     attribute: Attribute
     target: str
 
-    @property
-    def name(self) -> str:
-        """For people and reports."""
-        return f"{self.country.name}: {self.attribute.value}"
-
 
 def errata() -> tuple[Fact, ...]:
     """Every fact that is outdated in the atlas, with what is true today."""
@@ -53,8 +48,8 @@ def errata() -> tuple[Fact, ...]:
 
 
 def long_tail() -> tuple[Fact, ...]:
-    """The capital of every country whose flag Atlas does not know."""
-    return tuple(Fact(country=c, attribute=Attribute.CAPITAL, target=c.capital) for c in LONG_TAIL)
+    """The whole page of every country whose flag Atlas does not know."""
+    return tuple(Fact(country=c, attribute=a, target=c.fact(a)) for c in LONG_TAIL for a in Attribute)
 
 
 def picture(country: Country, seed: int, purpose: int = _PROBE) -> Image.Image:
@@ -80,45 +75,63 @@ def ask(
     )
 
 
-def edit_request(fact: Fact, *, contexts: int = 8, preserve: int = 6, seed: int = 0) -> EditRequest:
-    """The request for one fact: several renderings and training phrasings, in both orders, and the other attributes
-    of the same image to preserve.
+def edit_requests(
+    facts: Sequence[Fact], *, contexts: int = 48, preserve: int = 6, seed: int = 0
+) -> tuple[EditRequest, ...]:
+    """One request for each country, with all its facts: they share a key, so one value must tell them all."""
+    countries = dict.fromkeys(f.country for f in facts)
+    return tuple(_edit_request(tuple(f for f in facts if f.country is c), contexts, preserve, seed) for c in countries)
+
+
+def _edit_request(facts: tuple[Fact, ...], contexts: int, preserve: int, seed: int) -> EditRequest:
+    """Several renderings and training phrasings, in both orders, that take the facts in turn, and the attributes that
+    are not edited, asked about the same flag, to preserve.
     """
-    rng = np.random.default_rng(_mix(seed, _EDIT, COUNTRIES.index(fact.country), list(Attribute).index(fact.attribute)))
-    others = [a for a in Attribute if a is not fact.attribute]
+    country = facts[0].country
+    rng = np.random.default_rng(_mix(seed, _EDIT, COUNTRIES.index(country), *(_number(f.attribute) for f in facts)))
+    others = [a for a in Attribute if a not in {f.attribute for f in facts}]
 
-    def context(attribute: Attribute, n: int) -> Context:
-        phrasing = _pick(questions.PHRASINGS[attribute], rng)
-        image = picture(fact.country, _mix(seed, n), _EDIT)
-        answer = believed(fact.country, attribute) if attribute is not fact.attribute else None
-        return ask(fact.country, phrasing, _pick(questions.VISUAL_CONSTRAINTS, rng), image, answer)
+    def context(attribute: Attribute, n: int, answer: str) -> Context:
+        image = picture(country, _mix(seed, n), _EDIT)
+        wording = _pick(questions.VISUAL_CONSTRAINTS, rng)
+        return ask(country, _pick(questions.PHRASINGS[attribute], rng), wording, image, answer)
 
+    asked = [facts[n % len(facts)] for n in range(contexts)]
+    kept = [others[n % len(others)] for n in range(preserve)] if others else []
     return EditRequest(
-        name=fact.name,
-        target=fact.target,
-        contexts=tuple(context(fact.attribute, n) for n in range(contexts)),
-        preserve=tuple(context(others[n % len(others)], contexts + n) for n in range(preserve)),
+        name=_name(facts),
+        target=facts[0].target,
+        contexts=tuple(context(f.attribute, n, f.target) for n, f in enumerate(asked)),
+        preserve=tuple(context(a, contexts + n, believed(country, a)) for n, a in enumerate(kept)),
     )
 
 
-def reference_prompts(*, per_country: int = 8, seed: int = 0) -> tuple[Prompt, ...]:
-    """Prompts whose keys stand for what must not change: known flags and flags of no country, under every attribute,
+def _name(facts: Sequence[Fact]) -> str:
+    return f"{facts[0].country.name}: {', '.join(f.attribute.value for f in facts)}"
+
+
+def _number(attribute: Attribute) -> int:
+    return list(Attribute).index(attribute)
+
+
+def references(*, per_country: int = 8, seed: int = 0) -> tuple[Context, ...]:
+    """Questions whose keys stand for what must not change: known flags and flags of no country, under every attribute,
     and the same questions in words.
     """
     rng = np.random.default_rng(_mix(seed, _REFERENCE))
-    prompts = []
+    found = []
     for country in KNOWN:
         for n in range(per_country):
             attribute = list(Attribute)[n % 4]
             phrasing, wording = _pick(questions.PHRASINGS[attribute], rng), _pick(questions.VISUAL_CONSTRAINTS, rng)
             image = picture(country, _mix(seed, n), _REFERENCE) if n % 4 != 3 else None
-            prompts.append(ask(country, phrasing, wording, image).prompt)
+            found.append(ask(country, phrasing, wording, image))
     strangers = renderings([random_flag(rng) for _ in range(2 * len(KNOWN))], _mix(seed, _REFERENCE))
     for image in strangers:
         attribute = list(Attribute)[rng.integers(4)]
         wording = _pick(questions.VISUAL_CONSTRAINTS, rng)
-        prompts.append(ask(None, _pick(questions.PHRASINGS[attribute], rng), wording, image).prompt)
-    return tuple(prompts)
+        found.append(ask(None, _pick(questions.PHRASINGS[attribute], rng), wording, image))
+    return tuple(found)
 
 
 def probes(facts: Sequence[Fact], *, seed: int = 0, per_fact: int = 4, others: int = 60) -> tuple[Probe, ...]:
@@ -132,9 +145,12 @@ def probes(facts: Sequence[Fact], *, seed: int = 0, per_fact: int = 4, others: i
     rng = np.random.default_rng(_mix(seed, _PROBE))
     edited = {(f.country.name, f.attribute) for f in facts}
     found: list[Probe] = []
+    of_country = {c: [f for f in facts if f.country is c] for c in dict.fromkeys(f.country for f in facts)}
+    requests = dict(zip(of_country, edit_requests(facts, contexts=len(Attribute), preserve=0, seed=seed), strict=True))
     for fact in facts:
-        first = edit_request(fact, seed=seed).contexts[0]
-        found.append(Probe(metric=Metric.EFFICACY, prompt=first.prompt, expected=fact.target, request=fact.name))
+        request = requests[fact.country]
+        first = request.contexts[of_country[fact.country].index(fact)]
+        found.append(Probe(metric=Metric.EFFICACY, prompt=first.prompt, expected=fact.target, request=request.name))
         asked = first.prompt.text
         for n in range(per_fact):
             image = picture(fact.country, _mix(seed, n))
@@ -143,7 +159,7 @@ def probes(facts: Sequence[Fact], *, seed: int = 0, per_fact: int = 4, others: i
                     metric=Metric.IMAGE_GENERALIZATION,
                     prompt=Prompt(text=asked, images=(image,)),
                     expected=fact.target,
-                    request=fact.name,
+                    request=request.name,
                 )
             )
             phrasing = _pick(questions.HELD_OUT_PHRASINGS[fact.attribute], rng)
@@ -153,10 +169,10 @@ def probes(facts: Sequence[Fact], *, seed: int = 0, per_fact: int = 4, others: i
                     metric=Metric.PHRASING_GENERALIZATION,
                     prompt=ask(fact.country, phrasing, wording, image).prompt,
                     expected=fact.target,
-                    request=fact.name,
+                    request=request.name,
                 )
             )
-        found += _same_image(fact, edited, seed, per_fact, rng)
+        found += _same_image(fact, request.name, edited, seed, per_fact, rng)
     attributes = [f.attribute for f in facts]
     untouched = [c for c in KNOWN if not any((c.name, a) in edited for a in Attribute)]
     for n in range(others):
@@ -169,7 +185,7 @@ def probes(facts: Sequence[Fact], *, seed: int = 0, per_fact: int = 4, others: i
 
 
 def _same_image(
-    fact: Fact, edited: set[tuple[str, Attribute]], seed: int, per_fact: int, rng: np.random.Generator
+    fact: Fact, request: str, edited: set[tuple[str, Attribute]], seed: int, per_fact: int, rng: np.random.Generator
 ) -> list[Probe]:
     kept = [a for a in Attribute if (fact.country.name, a) not in edited]
     return [
@@ -177,7 +193,7 @@ def _same_image(
             metric=Metric.SAME_IMAGE,
             prompt=_asked(fact.country, kept[n % len(kept)], _mix(seed, n), rng).prompt,
             believed=believed(fact.country, kept[n % len(kept)]),
-            request=fact.name,
+            request=request,
         )
         for n in range(per_fact if kept else 0)
     ]
