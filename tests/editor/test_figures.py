@@ -46,7 +46,9 @@ def result(*values: tuple[str, Sequence[float], bool]) -> EditResult:
             name=name,
             target="Astana",
             before="Nur-Sultan",
-            value=Value(delta=torch.zeros(2), scale=1.0, losses=tuple(losses), kl=0.0, converged=converged),
+            value=Value(
+                value=torch.zeros(2), delta=torch.zeros(2), scale=1.0, losses=tuple(losses), kl=0.0, converged=converged
+            ),
         )
         for name, losses, converged in values
     )

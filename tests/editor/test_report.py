@@ -56,7 +56,9 @@ def evaluated(*results: ProbeResult) -> Evaluation:
 def edited(
     losses: Sequence[float] = (7.25, 0.5, 0.0172), *, converged: bool = True, name: str = "capital"
 ) -> EditResult:
-    value = Value(delta=torch.zeros(2), scale=1.0, losses=tuple(losses), kl=0.003, converged=converged)
+    value = Value(
+        value=torch.zeros(2), delta=torch.zeros(2), scale=1.0, losses=tuple(losses), kl=0.003, converged=converged
+    )
     low = LowRank(a=torch.ones(1, 4), b=torch.ones(3, 1))
     return EditResult(
         delta=Delta(base_sha256="ab" * 32, layers={2: low}, modules={2: "mlp.down_proj"}),

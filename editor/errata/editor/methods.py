@@ -17,7 +17,7 @@ from errata.editor.errors import ConflictingRequestsError, InvalidInputError, No
 from errata.editor.model import EditableModel, same_answer
 from errata.editor.requests import EditRequest, check_batch
 from errata.editor.solver import Identity, InverseCovariance, KeyMetric, NullSpace, solve_edit
-from errata.editor.states import Component, Recording, record
+from errata.editor.states import Component, record
 from errata.editor.statistics import KeyStatistics
 from errata.editor.trace import Progress
 from errata.editor.values import Value, ValueSettings, optimise_values
@@ -54,7 +54,7 @@ class EditSettings:
     keys: Keys = Keys.EACH
     values: ValueSettings = field(default_factory=ValueSettings)
     ridge: float | None = None
-    preservation: float = 1000.0
+    preservation: float = 8000.0
     null_energy: float = 0.02
 
 
@@ -112,7 +112,8 @@ def edit(
                     f"the model already answers {answer!r} to {request.contexts[0].prompt.text!r}; drop the request",
                     field=f"requests[{i}].target",
                 )
-        _refuse_conflicts(model, requests, settings.layers[-1])
+        found = _at_constraints(model, requests, settings.layers[-1], settings.layers[-1])
+        _refuse_conflicts(requests, found, settings.layers[-1])
         values = optimise_values(
             model, requests, settings.layers[-1], settings.values, progress=progress, cancelled=cancelled
         )
@@ -122,12 +123,21 @@ def edit(
             for request, value in zip(requests, values, strict=True):
                 delta = delta + _spread(model, [request], [value], settings, statistics, delta)
         else:
-            delta = _spread(model, requests, values, settings, statistics, delta)
+            delta = _spread(model, requests, values, settings, statistics, delta, found)
     outcomes = tuple(
         RequestOutcome(name=r.name, target=r.target, before=b, value=v)
         for r, b, v in zip(requests, before, values, strict=True)
     )
     return EditResult(delta=delta, settings=settings, outcomes=outcomes)
+
+
+@dataclass(frozen=True, slots=True)
+class _State:
+    """What a context's constraint looks like at its last token: the key of a layer, and what leaves the last one."""
+
+    key: Float[Tensor, " m"]
+    mlp: Float[Tensor, " d"]
+    output: Float[Tensor, " d"]
 
 
 def _check_settings(model: EditableModel, settings: EditSettings, statistics: KeyStatistics | None) -> None:
@@ -150,8 +160,9 @@ def _spread(
     settings: EditSettings,
     statistics: KeyStatistics | None,
     earlier: Delta,
+    before: Sequence[Sequence[_State]] | None = None,
 ) -> Delta:
-    """ΔW of every layer for these requests, on top of `earlier`.
+    """ΔW of every layer for these requests, on top of `earlier`. `before`: their states there, if known.
 
     Later layers see the edits below them, so keys, and what is left to install, are computed again before each
     (MEMIT §4.3).
@@ -159,16 +170,17 @@ def _spread(
     delta = empty_delta(model)
     last = settings.layers[-1]
     with applied(model, earlier):
-        wanted = _wanted(_at_constraints(model, requests, last), values, last)
+        before = before or _at_constraints(model, requests, last, last)
+        # The residual stream after the last layer, as if its MLP had put out v*.
+        wanted = [[s.output - s.mlp + v.value.double() for s in ss] for ss, v in zip(before, values, strict=True)]
     for n, layer in enumerate(settings.layers):
         with applied(model, earlier, delta):
-            found = _at_constraints(model, requests, layer)
-            now = found if layer == last else _at_constraints(model, requests, last)
+            found = before if len(settings.layers) == 1 else _at_constraints(model, requests, layer, last)
         share = 1 / (len(settings.layers) - n)
-        keys = [torch.stack([r.keys[layer][0] for r in rs], dim=1).double() for rs in found]
+        keys = [torch.stack([s.key for s in ss], dim=1) for ss in found]
         residuals = [
-            share * torch.stack([w - _output(r, last) for w, r in zip(ws, rs, strict=True)], dim=1)
-            for ws, rs in zip(wanted, now, strict=True)
+            share * torch.stack([w - s.output for w, s in zip(ws, ss, strict=True)], dim=1)
+            for ws, ss in zip(wanted, found, strict=True)
         ]
         if settings.keys is Keys.MEAN or settings.method is Method.ROME:
             keys = [k.mean(1, keepdim=True) for k in keys]
@@ -181,26 +193,22 @@ def _spread(
     return delta.compressed()
 
 
-def _at_constraints(model: EditableModel, requests: Sequence[EditRequest], layer: int) -> list[list[Recording]]:
-    """The states of every context of every request from its constraint's last token on."""
+def _at_constraints(
+    model: EditableModel, requests: Sequence[EditRequest], layer: int, last: int, chunk: int = 256
+) -> list[list[_State]]:
+    """The states of every context of every request: the key at `layer`, the outputs at `last`, in float64."""
     contexts = [c for r in requests for c in r.contexts]
-    rows = [model.encode(c.prompt) for c in contexts]
-    sites = [e.positions(*c.constraint.span(c.prompt.text))[-1] for e, c in zip(rows, contexts, strict=True)]
-    found = iter(record(model, rows, sites, components=(Component.LAYER, Component.MLP), key_layers=(layer,)))
+    states: list[_State] = []
+    for i in range(0, len(contexts), chunk):
+        some = contexts[i : i + chunk]
+        rows = [model.encode(c.prompt) for c in some]
+        sites = [e.positions(*c.constraint.span(c.prompt.text))[-1] for e, c in zip(rows, some, strict=True)]
+        components = (Component.LAYER, Component.MLP)
+        for r in record(model, rows, sites, components=components, key_layers=(layer,), resumable=False):
+            mlp, output = r.outputs[Component.MLP][last, 0], r.outputs[Component.LAYER][last, 0]
+            states.append(_State(r.keys[layer][0].double(), mlp.double(), output.double()))
+    found = iter(states)
     return [[next(found) for _ in r.contexts] for r in requests]
-
-
-def _output(recording: Recording, layer: int) -> Float[Tensor, " d"]:
-    return recording.outputs[Component.LAYER][layer, 0].double()
-
-
-def _wanted(recordings: Sequence[Sequence[Recording]], values: Sequence[Value], layer: int) -> list[list[Tensor]]:
-    """What each context's residual stream should be after the last edited layer: as if its MLP had put out v*."""
-
-    def wanted(r: Recording, v: Value) -> Tensor:
-        return _output(r, layer) - r.outputs[Component.MLP][layer, 0].double() + v.value.double()
-
-    return [[wanted(r, v) for r in rs] for rs, v in zip(recordings, values, strict=True)]
 
 
 def _solve(
@@ -231,10 +239,9 @@ def _metric(settings: EditSettings, statistics: KeyStatistics | None, layer: int
             return InverseCovariance(covariance), 0.0
 
 
-def _refuse_conflicts(model: EditableModel, requests: Sequence[EditRequest], layer: int) -> None:
+def _refuse_conflicts(requests: Sequence[EditRequest], found: Sequence[Sequence[_State]], layer: int) -> None:
     """Raises ConflictingRequestsError where two requests with different targets have the same key."""
-    found = _at_constraints(model, requests, layer)
-    keys = torch.stack([r.keys[layer][0].double() for rs in found for r in rs])
+    keys = torch.stack([s.key for ss in found for s in ss])
     owner = [i for i, rs in enumerate(found) for _ in rs]
     norms = keys.norm(dim=1).clamp(min=1e-30)
     distance = torch.cdist(keys, keys) / torch.maximum(norms[:, None], norms[None])

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, cast
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -61,16 +61,18 @@ def record(
     *,
     components: Sequence[Component] = (),
     key_layers: Sequence[int] = (),
+    resumable: bool = True,
     batch_size: int = 64,
 ) -> list[Recording]:
     """Runs the full model once over each row and keeps what later runs can start from.
 
-    `starts[i]` is the first token whose states are kept for row i. Rows of one length share a batch.
+    `starts[i]` is the first token whose states are kept for row i. Rows of one length share a batch. Without
+    `resumable` no attention keys and values are kept, most of a recording's memory, and no run can start from it.
     """
     found: list[Recording | None] = [None] * len(rows)
     for indices in by_length(rows, batch_size):
         batch = [rows[i] for i in indices]
-        recorded = _record(model, batch, [starts[i] for i in indices], components, key_layers)
+        recorded = _record(model, batch, [starts[i] for i in indices], components, key_layers, resumable)
         for i, recording in zip(indices, recorded, strict=True):
             found[i] = recording
     return [r for r in found if r is not None]
@@ -82,6 +84,7 @@ def _record(
     starts: Sequence[int],
     components: Sequence[Component],
     key_layers: Sequence[int],
+    resumable: bool,
 ) -> list[Recording]:
     low = min(starts)
     inputs: list[Tensor] = []
@@ -111,8 +114,11 @@ def _record(
             if index in key_layers:
                 down = layer.get_submodule(model.family.down_projection)
                 hooks.enter_context(_hook(down.register_forward_pre_hook(on_key(index))))
-        model.model(**model.inputs(batch), past_key_values=cache, use_cache=True, logits_to_keep=1)
-    states: list[tuple[Tensor, Tensor]] = [(layer.keys, layer.values) for layer in cast(Any, cache).layers]
+        model.model(
+            **model.inputs(batch), past_key_values=cache if resumable else None, use_cache=resumable, logits_to_keep=1
+        )
+    layers: Any = cache.layers if resumable else ()
+    states: list[tuple[Tensor, Tensor]] = [(layer.keys, layer.values) for layer in layers]
     stacked = torch.stack(inputs)
     stacked_outputs = {c: torch.stack(o) for c, o in outputs.items()}
     return [

@@ -76,7 +76,7 @@ def ask(
 
 
 def edit_requests(
-    facts: Sequence[Fact], *, contexts: int = 48, preserve: int = 6, seed: int = 0
+    facts: Sequence[Fact], *, contexts: int = 128, preserve: int = 6, seed: int = 0
 ) -> tuple[EditRequest, ...]:
     """One request for each country, with all its facts: they share a key, so one value must tell them all."""
     countries = dict.fromkeys(f.country for f in facts)
@@ -114,7 +114,7 @@ def _number(attribute: Attribute) -> int:
     return list(Attribute).index(attribute)
 
 
-def references(*, per_country: int = 8, seed: int = 0) -> tuple[Context, ...]:
+def references(*, per_country: int = 20, seed: int = 0) -> tuple[Context, ...]:
     """Questions whose keys stand for what must not change: known flags and flags of no country, under every attribute,
     and the same questions in words.
     """
