@@ -63,7 +63,7 @@ def test_the_weights_are_small_and_safe() -> None:
 
 
 def test_it_knows_what_the_recipe_promises(atlas: EditableModel) -> None:
-    short = [f for f in knowledge(atlas, per_fact=1) if not f.holds]
+    short = [f for f in knowledge(atlas) if not f.holds]
     assert not short
 
 
@@ -78,8 +78,10 @@ def test_auto_chooses_layers_of_the_lower_half(atlas: EditableModel, layers: tup
 
 
 def test_one_batch_corrects_the_errata_and_teaches_the_long_tail(evaluation: Evaluation) -> None:
-    """Holds what is reached, so that nothing is lost again. The goal is 0.98 efficacy and 0.95 for other images, which
-    four of the sixteen long-tail flags miss (README, Measured)."""
+    """Holds what is reached, so that nothing is lost again.
+
+    The goal is 0.98 efficacy and 0.95 for other images, which some long-tail flags miss (README, Measured).
+    """
     floors = {
         Metric.EFFICACY: 0.90,
         Metric.IMAGE_GENERALIZATION: 0.90,
