@@ -291,8 +291,9 @@ def _against(x: Float[Tensor, "rows k a b"], shared: Float[Tensor, "rows_or_1 k 
     """`x @ shared`, with the rows of x folded into one product where `shared` is the same for all."""
     if shared.shape[0] != 1 or x.shape[0] == 1:
         return x @ shared
-    folded: Tensor = x.transpose(0, 1).flatten(1, 2) @ shared[0]
-    return folded.unflatten(1, (x.shape[0], -1)).transpose(0, 1)
+    folded = x.transpose(0, 1).flatten(1, 2) @ shared[0]
+    unfolded: Tensor = folded.unflatten(1, (x.shape[0], -1)).transpose(0, 1)
+    return unfolded
 
 
 _NAME = "errata_prefixed"
