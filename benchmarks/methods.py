@@ -24,7 +24,7 @@ from errata.editor.checkpoints import ATLAS, load_model
 from errata.editor.delta import applied
 from errata.editor.errors import ErrataError
 from errata.editor.evaluation import Metric, evaluate
-from errata.editor.methods import EditSettings, Method, edit
+from errata.editor.methods import EditSettings, Keys, Method, edit
 from errata.editor.model import EditableModel
 from errata.editor.statistics import KeyStatistics, key_statistics
 
@@ -56,7 +56,8 @@ def tuned(settings: FineTuneSettings) -> Editor:
     """Fine-tuning, with or without a bound."""
 
     def run(model: EditableModel, facts: Sequence[Fact], seed: int) -> tuple[Child, int]:
-        result = fine_tune(model, edit_requests(facts, seed=seed), settings)
+        # As many contexts as a value descends on; more would only take longer.
+        result = fine_tune(model, edit_requests(facts, contexts=12, seed=seed), settings)
         return result.applied(model), result.nbytes
 
     return run
@@ -66,7 +67,7 @@ def lora(settings: LoraSettings) -> Editor:
     """LoRA fine-tuning by PEFT."""
 
     def run(model: EditableModel, facts: Sequence[Fact], seed: int) -> tuple[Child, int]:
-        result = fine_tune_lora(model, edit_requests(facts, seed=seed), settings)
+        result = fine_tune_lora(model, edit_requests(facts, contexts=12, seed=seed), settings)
         return result.applied(model), result.nbytes
 
     return run
@@ -75,7 +76,11 @@ def lora(settings: LoraSettings) -> Editor:
 def editors(layers: tuple[int, ...], statistics: KeyStatistics) -> dict[str, Editor]:
     """Every method by its name in the table, the default first."""
     found = {
-        m.value: closed_form(EditSettings(layers=layers, method=m), statistics)
+        # Equality constraints hold one key a request; more keys than directions have no solution.
+        m.value: closed_form(
+            EditSettings(layers=layers, method=m, keys=Keys.MEAN if m in (Method.ROME, Method.EMMET) else Keys.EACH),
+            statistics,
+        )
         for m in sorted(Method, key=lambda m: m is not EditSettings(layers=layers).method)
     }
     kept = DescentSettings(preserve_weight=1.0)

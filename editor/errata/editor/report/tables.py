@@ -62,7 +62,7 @@ def answers_table(result: EditResult, evaluation: Evaluation) -> Table:
             _text(probe.probe.prompt.text if probe else MISSING),
             _text(probe.before if probe else fact.outcome.before),
             _text(probe.after if probe else MISSING),
-            _text(fact.outcome.target),
+            _text(probe.expected if probe else fact.outcome.target),
             Text(fact.verdict, style=_GOOD if fact.installed else _BAD),
         )
     return table
