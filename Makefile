@@ -9,15 +9,18 @@ export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test unit lint check bench format lock clean python-version
+.PHONY: help install demo up test unit lint check bench protos baseline format lock clean python-version
 
 help: ## Print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
 install: .venv/.installed ## Create .venv, or bring it up to date
 
-demo: install ## Correct an old atlas: trace, edit, compare
-	$(BIN)/python -m errata.editor.demo $(ARGS)
+demo: install ## Correct an old atlas through the service; its history opens in MLflow's UI
+	$(BIN)/python examples/demo.py $(ARGS)
+
+up: install ## Run a server on this machine, with Atlas, its own ledger and MLflow store
+	$(BIN)/python -m errata.server $(ARGS)
 
 test: install ## Run all tests (ARGS="-k name" chooses)
 	$(BIN)/python -m pytest $(ARGS)
@@ -35,6 +38,13 @@ check: lint test ## The gate: lint, then test
 
 bench: install ## Compare the methods side by side
 	$(BIN)/python benchmarks/methods.py $(ARGS)
+
+protos: install ## Generate the code beside proto/errata/v1/*.proto anew
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -Iproto --python_out=proto --grpc_python_out=proto \
+	  --mypy_out=quiet:proto --mypy_grpc_out=quiet:proto proto/errata/v1/*.proto
+
+baseline: install ## Accept the API as it is: what later changes must not break
+	$(BIN)/buf build proto --exclude-source-info -o proto/baseline.binpb
 
 format: install ## Format and apply safe lint fixes
 	$(BIN)/ruff format .

@@ -141,7 +141,7 @@ def main(
     facts = (*errata(), *long_tail())
     if quick:
         facts, seeds, single = (errata()[0], long_tail()[0]), 1, 1
-    statistics = key_statistics(model, references(per_country=2 if quick else 20), layers)
+    statistics = key_statistics(model, references(per_country=2) if quick else references(), layers)
     batch: dict[str, list[dict[str, float]]] = defaultdict(list)
     singles: dict[str, list[dict[str, float]]] = defaultdict(list)
     for name, editor in editors(layers, statistics).items():

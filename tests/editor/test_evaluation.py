@@ -152,14 +152,14 @@ def test_a_parent_that_answers_nothing_still_makes_a_score_and_json() -> None:
 )
 def test_the_interval_is_wilsons(passed: int, n: int, expected: tuple[float, float]) -> None:
     """The last one is Newcombe's example (1998, table I)."""
-    score = Score(metric=Metric.EFFICACY, n=n, before=0, after=passed / n, forced=0)
+    score = Score(metric=Metric.EFFICACY, n=n, before=0, after=passed / n, forced_before=0, forced=0)
     assert score.interval == pytest.approx(expected, abs=1e-4)
 
 
 @given(n=st.integers(1, 500), data=st.data())
 def test_an_interval_holds_its_share_and_stays_between_0_and_1(n: int, data: st.DataObject) -> None:
     share = data.draw(st.integers(0, n)) / n
-    low, high = Score(metric=Metric.EFFICACY, n=n, before=0, after=share, forced=0).interval
+    low, high = Score(metric=Metric.EFFICACY, n=n, before=0, after=share, forced_before=0, forced=0).interval
     assert 0 <= low <= share + 1e-12
     assert share - 1e-12 <= high <= 1
 

@@ -1,9 +1,11 @@
 """Whole edits on tiny models: installed, refused or failed, and the model left as it was (methods.md §5).
 
+from dataclasses import replace
 An untrained model attends to nothing in particular, so what stands in the middle of a prompt cannot steer its answer:
 the constraints here end their prompts.
 """
 
+from dataclasses import replace
 from functools import cache
 
 import oracle
@@ -160,7 +162,7 @@ def test_multedit_needs_no_statistics_and_the_others_say_how_to_get_them(model: 
 
 def test_statistics_of_other_layers_do_not_do(llama: EditableModel) -> None:
     whole = statistics_of(llama)
-    partial = KeyStatistics(covariances={1: whole.covariances[1]}, count=whole.count)
+    partial = replace(whole, everywhere={1: whole.everywhere[1]}, sites={1: whole.sites[1]})
     with pytest.raises(InvalidInputError, match=r"of the layers \[2\]"):
         edit(llama, [rome(llama)], settings_of(Method.MEMIT, (1, 2)), partial)
 

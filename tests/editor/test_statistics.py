@@ -11,7 +11,8 @@ from tiny import picture, question, tiny_model
 
 from errata.editor.errors import LayerError
 from errata.editor.model import EditableModel
-from errata.editor.prompts import Prompt
+from errata.editor.prompts import Constraint, Prompt
+from errata.editor.requests import Context
 from errata.editor.statistics import KeyStatistics, key_statistics
 
 TEXTS = ("What is the capital of this country?", "Where?", "What is this?", "Where?")
@@ -35,9 +36,10 @@ def counting_runs(model: EditableModel) -> Iterator[list[int]]:
 
 def same(found: KeyStatistics, expected: KeyStatistics) -> bool:
     return (
-        found.count == expected.count
-        and found.covariances.keys() == expected.covariances.keys()
-        and all(c.equal(expected.covariances[i]) for i, c in found.covariances.items())
+        (found.count, found.subjects, found.site_share) == (expected.count, expected.subjects, expected.site_share)
+        and found.everywhere.keys() == expected.everywhere.keys()
+        and all(c.equal(expected.everywhere[i]) for i, c in found.everywhere.items())
+        and all(k.equal(expected.sites[i]) for i, k in found.sites.items())
     )
 
 
@@ -46,12 +48,39 @@ def test_c0_is_the_mean_of_kk_over_all_tokens(model: EditableModel, batch_size: 
     found = key_statistics(model, reference(model), LAYERS, batch_size=batch_size)
     rows = [model.encode(p) for p in reference(model)]
     assert found.count == sum(len(r.ids) for r in rows)
-    assert set(found.covariances) == set(LAYERS)
+    assert set(found.everywhere) == set(LAYERS)
     for layer in LAYERS:
         keys = torch.cat([oracle.keys(model, r, layer) for r in rows]).double()
         expected = torch.stack([k.outer(k) for k in keys]).mean(0)
-        assert found.covariances[layer].dtype == torch.float64
-        torch.testing.assert_close(found.covariances[layer], expected, rtol=1e-5, atol=1e-6)
+        assert found.covariance(layer).dtype == torch.float64
+        torch.testing.assert_close(found.covariance(layer), expected, rtol=1e-5, atol=1e-6)
+
+
+def about(model: EditableModel, subject: str | None, seed: int) -> Context:
+    prompt = question(model, f"Where is {subject or 'it'}?", seed)
+    return Context(prompt=prompt, constraint=Constraint(text=subject or "it"), subject=subject)
+
+
+def test_references_count_once_more_by_their_constraints_keys_but_not_against_their_own_subject(
+    model: EditableModel,
+) -> None:
+    references = [about(model, "Rome", 0), about(model, "Oslo", 1), about(model, None, 2), reference(model)[0]]
+    found = key_statistics(model, references, LAYERS, site_share=0.25)
+    rows = [model.encode(c.prompt) for c in references[:3]]
+    sites = [r.positions(*c.constraint.span(c.prompt.text))[-1] for r, c in zip(rows, references[:3], strict=True)]
+    for layer in LAYERS:
+        keys = [oracle.keys(model, r, layer)[s].double() for r, s in zip(rows, sites, strict=True)]
+        for without, kept in (((), [0, 1, 2]), (("Rome", "Bonn"), [1, 2]), (("Rome", "Oslo"), [2])):
+            expected = 0.75 * found.everywhere[layer] + 0.25 * torch.stack([keys[i].outer(keys[i]) for i in kept]).mean(
+                0
+            )
+            torch.testing.assert_close(found.covariance(layer, without), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_where_every_reference_is_about_what_is_edited_only_the_other_tokens_count(llama: EditableModel) -> None:
+    found = key_statistics(llama, [about(llama, "Rome", 0)], (1,))
+    assert found.covariance(1, {"Rome"}).equal(found.everywhere[1])
+    assert not found.covariance(1).equal(found.everywhere[1])
 
 
 def test_image_tokens_and_the_template_count(llava: EditableModel) -> None:

@@ -47,6 +47,8 @@ def load_model(
     read at `source`.
     """
     path = str(atlas_folder() if str(source) == ATLAS else source)
+    if Path(path).is_absolute() and not Path(path).is_dir():
+        raise ModelError(f"there is no folder {path!r}; give a folder saved by `save_pretrained`, or a hub name")
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:

@@ -15,6 +15,7 @@ from itertools import compress
 import numpy as np
 import torch
 
+from errata.editor.errors import InvalidInputError
 from errata.editor.model import EditableModel, Encoded, by_length, same_answer
 from errata.editor.prompts import Prompt
 
@@ -72,12 +73,13 @@ class ProbeResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Score:
-    """A metric over n probes: shares between 0 and 1, by generation and by teacher forcing."""
+    """A metric over n probes: shares between 0 and 1, by generation and by teacher forcing, before and after."""
 
     metric: Metric
     n: int
     before: float
     after: float
+    forced_before: float
     forced: float
 
     @property
@@ -114,14 +116,18 @@ class Evaluation:
                         n=len(rows),
                         before=float(np.mean([r.passed_before for r in rows])),
                         after=float(np.mean([r.passed for r in rows])),
+                        forced_before=_mean([r.forced_before for r in rows]),
                         forced=_mean([r.forced for r in rows]),
                     )
                 )
         return tuple(found)
 
     def score(self, metric: Metric) -> Score:
-        """The score of one metric."""
-        return next(s for s in self.scores if s.metric is metric)
+        """The score of one metric. Raises InvalidInputError where no probe measured it."""
+        found = next((s for s in self.scores if s.metric is metric), None)
+        if found is None:
+            raise InvalidInputError(f"no probe measured {metric.value!r}; ask one that does", field="probes")
+        return found
 
     @property
     def harmonic_mean(self) -> float:
@@ -142,7 +148,7 @@ class Evaluation:
                     "before": s.before,
                     "after": s.after,
                     "interval95": list(s.interval),
-                    "teacher_forced": None if math.isnan(s.forced) else s.forced,
+                    "teacher_forced": {"before": _known(s.forced_before), "after": _known(s.forced)},
                 }
                 for s in self.scores
             ],
@@ -156,11 +162,15 @@ class Evaluation:
                     "before": r.before,
                     "after": r.after,
                     "passed": r.passed,
-                    "teacher_forced": None if math.isnan(r.forced) else r.forced,
+                    "teacher_forced": {"before": _known(r.forced_before), "after": _known(r.forced)},
                 }
                 for r in self.results
             ],
         }
+
+
+def _known(share: float) -> float | None:
+    return None if math.isnan(share) else share
 
 
 def _mean(shares: Sequence[float]) -> float:

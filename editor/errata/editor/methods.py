@@ -54,7 +54,7 @@ class EditSettings:
     keys: Keys = Keys.EACH
     values: ValueSettings = field(default_factory=ValueSettings)
     ridge: float | None = None
-    preservation: float = 8000.0
+    preservation: float = 14000.0
     null_energy: float = 0.02
 
 
@@ -144,7 +144,7 @@ def _check_settings(model: EditableModel, settings: EditSettings, statistics: Ke
     model.check_layers(settings.layers)
     if not settings.layers or list(settings.layers) != sorted(set(settings.layers)):
         raise InvalidInputError(f"layers {settings.layers} must be given once each, in rising order", field="layers")
-    missing = set(settings.layers) - set(statistics.covariances if statistics else ())
+    missing = set(settings.layers) - set(statistics.everywhere if statistics else ())
     if missing and settings.method is not Method.MULTEDIT:
         raise InvalidInputError(
             f"{settings.method.value} needs key statistics of the layers {sorted(missing)}; compute them with "
@@ -185,7 +185,8 @@ def _spread(
         if settings.keys is Keys.MEAN or settings.method is Method.ROME:
             keys = [k.mean(1, keepdim=True) for k in keys]
             residuals = [r.mean(1, keepdim=True) for r in residuals]
-        low = _solve(torch.cat(keys, 1), torch.cat(residuals, 1), settings, statistics, layer)
+        covariance = statistics.covariance(layer, _subjects(requests)) if statistics else None
+        low = _solve(torch.cat(keys, 1), torch.cat(residuals, 1), settings, covariance)
         one = Delta(
             base_sha256=model.base_sha256, layers={layer: low}, modules={layer: model.down_projection_name(layer)}
         )
@@ -197,12 +198,11 @@ def _at_constraints(
     model: EditableModel, requests: Sequence[EditRequest], layer: int, last: int, chunk: int = 256
 ) -> list[list[_State]]:
     """The states of every context of every request: the key at `layer`, the outputs at `last`, in float64."""
-    contexts = [c for r in requests for c in r.contexts]
+    contexts = [(c, f"requests[{i}].contexts[{j}]") for i, r in enumerate(requests) for j, c in enumerate(r.contexts)]
     states: list[_State] = []
     for i in range(0, len(contexts), chunk):
         some = contexts[i : i + chunk]
-        rows = [model.encode(c.prompt) for c in some]
-        sites = [e.positions(*c.constraint.span(c.prompt.text))[-1] for e, c in zip(rows, some, strict=True)]
+        rows, sites = zip(*(model.encode_at(c, field=field) for c, field in some), strict=True)
         components = (Component.LAYER, Component.MLP)
         for r in record(model, rows, sites, components=components, key_layers=(layer,), resumable=False):
             mlp, output = r.outputs[Component.MLP][last, 0], r.outputs[Component.LAYER][last, 0]
@@ -211,25 +211,27 @@ def _at_constraints(
     return [[next(found) for _ in r.contexts] for r in requests]
 
 
+def _subjects(requests: Sequence[EditRequest]) -> set[str]:
+    return {c.subject for r in requests for c in r.contexts if c.subject is not None}
+
+
 def _solve(
     keys: Float[Tensor, "m n"],
     residuals: Float[Tensor, "d n"],
     settings: EditSettings,
-    statistics: KeyStatistics | None,
-    layer: int,
+    covariance: Float[Tensor, "m m"] | None,
 ) -> LowRank:
-    metric, absolute = _metric(settings, statistics, layer)
+    metric, absolute = _metric(settings, covariance)
     keys, residuals = keys.cpu(), residuals.cpu()  # where the statistics are, in float64
     scale = float((keys * metric.times(keys)).sum(0).mean())
     relative = RIDGES[settings.method] if settings.ridge is None else settings.ridge
     return solve_edit(keys, residuals, metric, absolute + relative * scale)
 
 
-def _metric(settings: EditSettings, statistics: KeyStatistics | None, layer: int) -> tuple[KeyMetric, float]:
+def _metric(settings: EditSettings, covariance: Float[Tensor, "m m"] | None) -> tuple[KeyMetric, float]:
     """The method's key metric and the part of its ridge that is absolute."""
-    if settings.method is Method.MULTEDIT or statistics is None:
+    if settings.method is Method.MULTEDIT or covariance is None:
         return Identity(), 0.0
-    covariance = statistics.covariances[layer]
     match settings.method:
         case Method.MEMIT:
             return InverseCovariance(covariance, weight=settings.preservation), 1.0

@@ -13,9 +13,10 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
-from errata.editor.errors import ConstraintNotFoundError, LayerError, PromptError, TargetError
+from errata.editor.errors import ConstraintNotFoundError, InvalidInputError, LayerError, PromptError, TargetError
 from errata.editor.families import ModelFamily
 from errata.editor.prompts import Constraint, Prompt
+from errata.editor.requests import Context
 
 _GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
 """Said in full, because generate() takes whatever is not said from the defaults that a checkpoint ships."""
@@ -150,6 +151,14 @@ class EditableModel:
             images=self._image_runs(ids, each),
             vision=vision,
         )
+
+    def encode_at(self, context: Context, answer: str | None = None, *, field: str) -> tuple[Encoded, int]:
+        """The context's prompt as `encode` makes it, and its constraint's last token; errors name `field`'s part."""
+        try:
+            encoded = self.encode(context.prompt, answer)
+            return encoded, encoded.positions(*context.constraint.span(context.prompt.text))[-1]
+        except InvalidInputError as error:
+            raise error.within(field) from None
 
     def constraint_positions(self, prompt: Prompt, constraint: Constraint) -> range:
         """The token positions of the constraint, after image expansion."""

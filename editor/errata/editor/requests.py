@@ -12,12 +12,14 @@ class Context:
 
     `answer` is the right answer where it is not the request's target: another fact of the same thing, which the same
     key has to tell. Of a prompt to preserve it is the answer that must stay: what the model gets wrong there is not
-    preserved; None preserves whatever it answers.
+    preserved; None preserves whatever it answers. `subject` says what the constraint means, where the caller knows: a
+    reference prompt does not speak against an edit of its own subject.
     """
 
     prompt: Prompt
     constraint: Constraint
     answer: str | None = None
+    subject: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

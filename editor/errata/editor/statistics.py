@@ -1,12 +1,14 @@
 """Key statistics C₀ = E[kkᵀ]: what the keys of a layer look like on prompts that must not change.
 
 Taken over all token positions of the references, image tokens and the template included, and once more over their
-constraints' last tokens alone: an edit acts there, and among all tokens those keys are too few to weigh.
+constraints' last tokens alone: an edit acts there, and among all tokens those keys are too few to weigh. These last are
+kept one by one, so that an edit can leave out the references to the very thing it edits.
 """
 
 import hashlib
+import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +28,25 @@ from errata.editor.trace import Progress
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeyStatistics:
-    """C₀ of each layer, in float64, and the number of keys behind it."""
+    """What the keys of each layer look like.
 
-    covariances: Mapping[int, Float[Tensor, "m m"]]
+    `everywhere` is E[kkᵀ] over all `count` tokens, in float64. `sites` are the references' keys at their constraints'
+    last tokens, in float32, and `subjects` what these constraints mean; `site_share` is their share of C₀, 0…1.
+    """
+
+    everywhere: Mapping[int, Float[Tensor, "m m"]]
+    sites: Mapping[int, Float[Tensor, "n m"]]
+    subjects: tuple[str | None, ...]
+    site_share: float
     count: int
+
+    def covariance(self, layer: int, without: Collection[str] = ()) -> Float[Tensor, "m m"]:
+        """C₀ of a layer in float64, from all references but those to the subjects `without`."""
+        kept = [n for n, subject in enumerate(self.subjects) if subject is None or subject not in without]
+        if not kept:
+            return self.everywhere[layer]
+        keys = self.sites[layer][kept].double()
+        return torch.lerp(self.everywhere[layer], keys.T @ keys / len(keys), self.site_share)
 
 
 def key_statistics(
@@ -45,7 +62,7 @@ def key_statistics(
     """C₀ of `layers` on `references`; read from `cache`, a folder, where the same was computed before.
 
     A reference that says where its constraint stands also counts by its key there: these keys make up `site_share` of
-    C₀, 0…1, however few they are among all tokens.
+    C₀, however few they are among all tokens.
 
     The cache is keyed by the base's weights, the references with their images, and the settings. A cached file that
     cannot be read is computed anew.
@@ -54,67 +71,75 @@ def key_statistics(
     path = cache / f"{_fingerprint(model, references, layers, site_share)}.safetensors" if cache else None
     if path and (found := _read(path)):
         return found
-    encoded = [model.encode(_prompt(r)) for r in references]
-    sites = [_site(e, r) for e, r in zip(encoded, references, strict=True)]
-    everywhere, at_sites = _Products(), _Products()
+    encoded, ends = _encoded(model, references)
+    everywhere = {i: _Products() for i in layers}
+    sites: dict[int, dict[int, Tensor]] = {i: {} for i in layers}
+    rows: list[int] = []
+
+    def hook(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            everywhere[layer].add(args[0].flatten(0, -2))
+            sites[layer] |= {i: args[0][n, ends[i]].float().cpu() for n, i in enumerate(rows) if i in ends}
+
+        return keep
+
     done = 0
     with ExitStack() as hooks, torch.no_grad():
-        kept: list[tuple[int, int]] = []
         for layer in layers:
-            hook = _adding_to(everywhere, at_sites, kept, layer)
-            hooks.callback(model.down_projection(layer).register_forward_pre_hook(hook).remove)
+            hooks.callback(model.down_projection(layer).register_forward_pre_hook(hook(layer)).remove)
         for rows in by_length(encoded, batch_size):
-            kept[:] = [(n, site) for n, i in enumerate(rows) if (site := sites[i]) is not None]
             model.model(**model.inputs([encoded[i] for i in rows]), logits_to_keep=1, use_cache=False)
             done += len(rows)
             if progress:
                 progress(done, len(encoded))
-    covariances = {i: everywhere.mean(i) for i in layers}
-    if any(s is not None for s in sites):
-        covariances = {i: torch.lerp(c, at_sites.mean(i), site_share) for i, c in covariances.items()}
-    statistics = KeyStatistics(covariances=covariances, count=everywhere.count[layers[0]])
+    statistics = KeyStatistics(
+        everywhere={i: everywhere[i].mean() for i in layers},
+        sites={i: torch.stack([sites[i][n] for n in ends]) if ends else torch.zeros(0, 0) for i in layers},
+        subjects=tuple(_subject(references[n]) for n in ends),
+        site_share=site_share,
+        count=everywhere[layers[0]].count,
+    )
     if path:
         _write(path, statistics)
     return statistics
 
 
 class _Products:
-    """Sums of kkᵀ by layer: float32 products of one batch, summed in float64 over batches."""
+    """The sum of kkᵀ: float32 products of one batch, summed in float64 over batches."""
 
     def __init__(self) -> None:
-        self._sums: dict[int, Float[Tensor, "m m"]] = {}
-        self.count: dict[int, int] = {}
+        self._sum: Float[Tensor, "m m"] | None = None
+        self.count = 0
 
-    def add(self, layer: int, keys: Float[Tensor, "n m"]) -> None:
+    def add(self, keys: Float[Tensor, "n m"]) -> None:
         product = (keys.float().T @ keys.float()).double()
-        self._sums[layer] = self._sums[layer] + product if layer in self._sums else product
-        self.count[layer] = self.count.get(layer, 0) + len(keys)
+        self._sum = product if self._sum is None else self._sum + product
+        self.count += len(keys)
 
-    def mean(self, layer: int) -> Float[Tensor, "m m"]:
-        return self._sums[layer].cpu() / self.count[layer]
-
-
-def _adding_to(
-    everywhere: _Products, at_sites: _Products, kept: Sequence[tuple[int, int]], layer: int
-) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-    def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        everywhere.add(layer, args[0].flatten(0, -2))
-        if kept:
-            rows, sites = zip(*kept, strict=True)
-            at_sites.add(layer, args[0][list(rows), list(sites)])
-
-    return hook
+    def mean(self) -> Float[Tensor, "m m"]:
+        assert self._sum is not None
+        return self._sum.cpu() / self.count
 
 
 def _prompt(reference: Prompt | Context) -> Prompt:
     return reference.prompt if isinstance(reference, Context) else reference
 
 
-def _site(encoded: Encoded, reference: Prompt | Context) -> int | None:
-    """Where the reference's constraint ends, if it says."""
-    if not isinstance(reference, Context):
-        return None
-    return encoded.positions(*reference.constraint.span(reference.prompt.text))[-1]
+def _subject(reference: Prompt | Context) -> str | None:
+    return reference.subject if isinstance(reference, Context) else None
+
+
+def _encoded(model: EditableModel, references: Sequence[Prompt | Context]) -> tuple[list[Encoded], dict[int, int]]:
+    """Every reference's row, and the last token of the constraint of those that say where it stands."""
+    rows: list[Encoded] = []
+    sites: dict[int, int] = {}
+    for n, reference in enumerate(references):
+        if isinstance(reference, Context):
+            row, sites[n] = model.encode_at(reference, field=f"references[{n}]")
+        else:
+            row = model.encode(reference)
+        rows.append(row)
+    return rows, sites
 
 
 def _fingerprint(
@@ -127,7 +152,8 @@ def _fingerprint(
         for reference in references:
             prompt = _prompt(reference)
             constraint = reference.constraint if isinstance(reference, Context) else None
-            yield repr((prompt.text, prompt.chat, constraint, [sha256_of(i) for i in prompt.images]))
+            images = [sha256_of(i) for i in prompt.images]
+            yield repr((prompt.text, prompt.chat, constraint, _subject(reference), images))
 
     for part in parts():
         digest.update(part.encode() + b"\0")
@@ -137,8 +163,15 @@ def _fingerprint(
 def _read(path: Path) -> KeyStatistics | None:
     try:
         with safe_open(path, "pt") as file:
-            count = int(file.metadata()["count"])
-            return KeyStatistics(covariances={int(k): file.get_tensor(k) for k in tuple(file.keys())}, count=count)
+            said = json.loads(file.metadata()["statistics"])
+            layers = [int(k.removeprefix("everywhere.")) for k in file.keys() if k.startswith("everywhere.")]  # noqa: SIM118
+            return KeyStatistics(
+                everywhere={i: file.get_tensor(f"everywhere.{i}") for i in layers},
+                sites={i: file.get_tensor(f"sites.{i}") for i in layers},
+                subjects=tuple(said["subjects"]),
+                site_share=float(said["site_share"]),
+                count=int(said["count"]),
+            )
     except (OSError, SafetensorError, KeyError, ValueError, TypeError):
         return None
 
@@ -146,5 +179,8 @@ def _read(path: Path) -> KeyStatistics | None:
 def _write(path: Path, statistics: KeyStatistics) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    save_file({str(i): c for i, c in statistics.covariances.items()}, partial, {"count": str(statistics.count)})
+    tensors = {f"everywhere.{i}": c for i, c in statistics.everywhere.items()}
+    tensors |= {f"sites.{i}": k for i, k in statistics.sites.items()}
+    said = {"subjects": statistics.subjects, "site_share": statistics.site_share, "count": statistics.count}
+    save_file(tensors, partial, {"statistics": json.dumps(said)})
     partial.replace(path)

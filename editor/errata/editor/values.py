@@ -22,7 +22,7 @@ from torch import Tensor
 
 from errata.editor.errors import CancelledError
 from errata.editor.model import EditableModel, Encoded, same_answer
-from errata.editor.requests import Context, EditRequest
+from errata.editor.requests import EditRequest
 from errata.editor.states import Component, Recording, Suffix, record
 from errata.editor.trace import Progress
 
@@ -39,7 +39,7 @@ class ValueSettings:
     `max_rows` bounds the rows run at once, and with it memory.
     """
 
-    steps: int = 60
+    steps: int = 150
     learning_rate: float = 0.2
     clamp: float = 3.0
     decay: float = 1e-3
@@ -96,73 +96,96 @@ def optimise_values(
         components=(Component.MLP,),
     )
     start, scales = _start(rows, recordings, layer, len(requests))
-    delta = torch.zeros(len(requests), recordings[0].inputs.shape[-1], device=model.device, requires_grad=True)
-    # Adam moves every coordinate by about its rate: over d of them that is a step of rate · √d.
-    optimizer = torch.optim.Adam([delta], lr=settings.learning_rate / delta.shape[1] ** 0.5)
+    descent = _Descent(start, scales, settings)
     batches = _batches(model, rows, recordings, layer, settings.max_rows)
-    curves: list[list[float]] = [[] for _ in requests]
-    kl = torch.zeros(len(requests))
-    best = delta.detach().clone()
-    done = torch.zeros(len(requests), dtype=torch.bool)
-    unit = scales.to(model.device)[:, None]
+    counts = _counts(rows, len(requests)).to(model.device)
     for step in range(settings.steps + 1):
         if cancelled and cancelled():
             raise CancelledError("the value optimisation was cancelled; nothing was changed")
-        target_loss, kl_loss = _losses(batches, start + delta * unit, len(requests))
-        for i in (~done).nonzero().flatten().tolist():
-            curves[i].append(float(target_loss[i].detach()))
-        kl = torch.where(done, kl, kl_loss.detach().cpu())
-        best = torch.where(done[:, None].to(best.device), best, delta.detach())
-        reached = ((target_loss < settings.stop_loss) & (kl_loss < settings.stop_loss)).detach().cpu() & ~done
-        done |= reached
+        values = descent.values.requires_grad_()
+        target, kl = _losses(batches, values, counts, settings.kl_weight, descend=step < settings.steps)
+        newly_done = descent.observe(target, kl)
         if progress:
             progress(step, settings.steps)
-        if bool(done.all()) or step == settings.steps:
+        if values.grad is None or bool(descent.done.all()):
             break
-        active = (~done).to(delta.device)
-        norm = delta.norm(dim=-1)
-        loss = target_loss + settings.kl_weight * kl_loss + settings.decay * norm.square()
-        optimizer.zero_grad()
-        (loss * active).sum().backward()
-        optimizer.step()
+        descent.step(values.grad)
+        if newly_done:  # their rows are no longer run
+            batches = [b for b in (b.without(descent.done) for b in batches) if len(b)]
+    return descent.found()
+
+
+class _Descent:
+    """Adam on every request's δ, in units of its scale, inside the clamp, and how far each has come."""
+
+    def __init__(
+        self, start: Float[Tensor, "requests d"], scales: Float[Tensor, " requests"], settings: ValueSettings
+    ) -> None:
+        n, d = start.shape
+        self._start, self._unit, self._settings = start, scales.to(start.device)[:, None], settings
+        self._delta = torch.zeros(n, d, dtype=torch.float32, device=start.device, requires_grad=True)
+        # Adam moves every coordinate by about its rate: over d of them that is a step of rate · √d.
+        self._optimizer = torch.optim.Adam([self._delta], lr=settings.learning_rate / d**0.5)
+        self._best = torch.zeros_like(start, dtype=torch.float32)
+        self._curves: list[list[float]] = [[] for _ in range(n)]
+        self._kl = torch.zeros(n, dtype=torch.float32)
+        self.done = torch.zeros(n, dtype=torch.bool)
+
+    @property
+    def values(self) -> Float[Tensor, "requests d"]:
+        """v* of every request as it stands."""
+        return self._start + self._delta.detach() * self._unit
+
+    def observe(self, target: Float[Tensor, " requests"], kl: Float[Tensor, " requests"]) -> bool:
+        """Takes in the losses of `values`; returns whether any request is newly done."""
+        for i in (~self.done).nonzero().flatten().tolist():
+            self._curves[i].append(float(target[i]))
+        self._kl = torch.where(self.done, self._kl, kl)
+        self._best = torch.where(self.done[:, None].to(self._best.device), self._best, self._delta.detach())
+        reached = (target < self._settings.stop_loss) & (kl < self._settings.stop_loss) & ~self.done
+        self.done = self.done | reached
+        return bool(reached.any())
+
+    def step(self, gradient: Float[Tensor, "requests d"]) -> None:
+        """One step down the gradient of the losses by the values, and down the decay's."""
+        active = (~self.done).to(self._delta.device)[:, None]
+        delta = self._delta.detach()
+        self._delta.grad = (gradient * self._unit + 2 * self._settings.decay * delta) * active
+        self._optimizer.step()
         with torch.no_grad():
-            # A finished request's rows are no longer run.
-            batches = [b.without(done) for b in batches] if bool(reached.any()) else batches
-            batches = [b for b in batches if len(b)]
-            delta.mul_((settings.clamp / delta.norm(dim=-1, keepdim=True).clamp(min=1e-12)).clamp(max=1.0))
-    final = (best * unit).detach()
-    return [
-        Value(
-            value=start[i] + final[i],
-            delta=final[i],
-            scale=float(scales[i]),
-            losses=tuple(curves[i]),
-            kl=float(kl[i]),
-            converged=bool(done[i]),
-        )
-        for i in range(len(requests))
-    ]
+            norm = self._delta.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+            self._delta.mul_((self._settings.clamp / norm).clamp(max=1.0))
+
+    def found(self) -> list[Value]:
+        """Every request's v* where it was done, or where it stood at the last."""
+        final = self._best * self._unit
+        return [
+            Value(
+                value=self._start[i] + final[i],
+                delta=final[i],
+                scale=float(self._unit[i]),
+                losses=tuple(self._curves[i]),
+                kl=float(self._kl[i]),
+                converged=bool(self.done[i]),
+            )
+            for i in range(len(final))
+        ]
 
 
 def _rows(model: EditableModel, requests: Sequence[EditRequest], most_contexts: int) -> list[_Row]:
     rows = []
     for i, request in enumerate(requests):
-        for context in request.contexts[:most_contexts]:
-            rows.append(_row(model, i, context, context.answer or request.target, preserved=False))
-    kept = [(i, c) for i, r in enumerate(requests) for c in r.preserve]
-    answers = model.generate([c.prompt for _, c in kept])
-    rows += [
-        _row(model, i, c, a.text, preserved=True)
-        for (i, c), a in zip(kept, answers, strict=True)
-        if a.text and (c.answer is None or same_answer(a.text, c.answer))
-    ]
+        for j, context in enumerate(request.contexts[:most_contexts]):
+            field = f"requests[{i}].contexts[{j}]"
+            encoded, site = model.encode_at(context, context.answer or request.target, field=field)
+            rows.append(_Row(request=i, encoded=encoded, site=site, preserved=False))
+    kept = [(i, j, c) for i, r in enumerate(requests) for j, c in enumerate(r.preserve)]
+    answers = model.generate([c.prompt for _, _, c in kept])
+    for (i, j, context), answer in zip(kept, answers, strict=True):
+        if answer.text and (context.answer is None or same_answer(answer.text, context.answer)):
+            encoded, site = model.encode_at(context, answer.text, field=f"requests[{i}].preserve[{j}]")
+            rows.append(_Row(request=i, encoded=encoded, site=site, preserved=True))
     return rows
-
-
-def _row(model: EditableModel, request: int, context: Context, answer: str, *, preserved: bool) -> _Row:
-    encoded = model.encode(context.prompt, answer)
-    site = encoded.positions(*context.constraint.span(context.prompt.text))[-1]
-    return _Row(request=request, encoded=encoded, site=site, preserved=preserved)
 
 
 def _start(
@@ -172,7 +195,7 @@ def _start(
     and of the residual stream that it joins.
     """
     device, d = recordings[0].inputs.device, recordings[0].inputs.shape[-1]
-    outputs, own, stream, count = (torch.zeros(n, k, device=device) for k in (d, 1, 1, 1))
+    outputs, own, stream, count = (torch.zeros(n, k, dtype=torch.float32, device=device) for k in (d, 1, 1, 1))
     for row, recording in zip(rows, recordings, strict=True):
         if not row.preserved:
             output = recording.outputs[Component.MLP][layer, 0].float()
@@ -256,17 +279,33 @@ def _putting(values: Float[Tensor, "rows d"]) -> Callable[[Tensor], Tensor]:
     return change
 
 
+def _counts(rows: Sequence[_Row], n: int) -> Float[Tensor, "2 requests"]:
+    """Rows of each request: contexts, and preserved prompts."""
+    counts = torch.zeros(2, n, dtype=torch.float32)
+    for row in rows:
+        counts[int(row.preserved), row.request] += 1
+    return counts.clamp(min=1)
+
+
 def _losses(
-    batches: Sequence[_RowBatch], values: Float[Tensor, "requests d"], n: int
+    batches: Sequence[_RowBatch],
+    values: Float[Tensor, "requests d"],
+    counts: Float[Tensor, "2 requests"],
+    kl_weight: float,
+    *,
+    descend: bool,
 ) -> tuple[Float[Tensor, " requests"], Float[Tensor, " requests"]]:
-    """Mean target loss and mean KL of each request."""
-    losses = torch.cat([b.losses(values) for b in batches])
-    request = torch.cat([b.request for b in batches])
-    preserved = torch.cat([b.preserved for b in batches])
+    """Mean target loss and mean KL of each request, and, to `descend`, their gradient into `values.grad`.
 
-    def mean(which: Tensor) -> Tensor:
-        total = torch.zeros(n, device=values.device).index_add(0, request[which], losses[which])
-        count = torch.zeros(n, device=values.device).index_add(0, request[which], torch.ones_like(losses[which]))
-        return total / count.clamp(min=1)
-
-    return mean(~preserved), mean(preserved)
+    Batch by batch, so that only one batch's graph is held at a time.
+    """
+    means = torch.zeros_like(counts)
+    for batch in batches:
+        with torch.set_grad_enabled(descend):
+            kind = batch.preserved.long()
+            shares = batch.losses(values) / counts[kind, batch.request]
+        if descend:
+            torch.where(batch.preserved, kl_weight * shares, shares).sum().backward()
+        means.index_put_((kind, batch.request), shares.detach(), accumulate=True)
+    target, kl = means.cpu()
+    return target, kl

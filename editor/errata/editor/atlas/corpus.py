@@ -3,6 +3,7 @@
 Knows nothing about the model: a row becomes token ids here, pixels in `rendering`, a loss in `train`.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -43,7 +44,8 @@ class Batch:
     """Rows as tensors, padded on the right.
 
     `site` is the position of the constraint's last token; `source` the row whose value is put there instead of
-    the row's own (its own index: none is); `pictures` indexes the raster pool, −1 for no picture.
+    the row's own (its own index: none is); `pictures` indexes the raster pool, −1 for no picture. `meant` tells
+    apart what the constraints name, a flag or a country in words; −1 where a row has none, or none that means anything.
     """
 
     ids: Int[Tensor, "rows tokens"]
@@ -51,6 +53,7 @@ class Batch:
     site: Int[Tensor, " rows"]
     source: Int[Tensor, " rows"]
     pictures: Int[Tensor, " rows"]
+    meant: Int[Tensor, " rows"]
     kinds: tuple[str, ...]
 
 
@@ -64,9 +67,22 @@ class Pool:
         self.flags = tuple(flags)
         self.rasters: Float[Tensor, "n 3 64 96"] = torch.stack([raster(f) for f in flags])
 
-    def stranger(self, rng: np.random.Generator) -> int:
-        """A random flag that is no country's."""
-        return int(rng.integers(len(self.known), len(self.flags)))
+    def album(self, rows: int, strangers: float, rng: np.random.Generator) -> "Album":
+        """A few flags for `rows` rows, so that most are asked about more than once."""
+        return Album(
+            known=rng.integers(len(self.known), size=-(-rows // 5)),
+            strangers=rng.integers(len(self.known), len(self.flags), size=math.ceil(rows * strangers / 2.5)),
+            share=strangers,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Album:
+    """The pictures of one batch, by their numbers in the pool, and the share of rows about a flag of no country."""
+
+    known: Int[np.ndarray, " known"]
+    strangers: Int[np.ndarray, " strangers"]
+    share: float
 
 
 def _fact(attribute: Attribute) -> Fact:
@@ -86,25 +102,25 @@ class Corpus:
         self._names = questions.names()
         self._named = (*COUNTRIES, *questions.PROVINCES)
 
-    def row(self, rng: np.random.Generator, *, shown: bool, strangers: float) -> Row:
-        """One row. With a picture `shown`: 6 % reading, 22 % about a country's name beside a picture of any, a share
+    def row(self, rng: np.random.Generator, album: Album | None) -> Row:
+        """One row. With a picture of `album`: 6 % reading, 22 % about a country's name beside a picture of any, a share
         `strangers` about a flag of no country, the rest about a known one. Without: 80 % about a name, 20 % reading.
         """
         kind = rng.random()
-        picture = int(rng.integers(len(self._pool.known))) if shown else None
-        if kind < (0.06 if shown else 0.2):
+        picture = int(rng.choice(album.known)) if album else None
+        if kind < (0.06 if album else 0.2):
             return self._reading(picture, rng)
         attribute = list(Attribute)[rng.integers(4)]
         subject: Country | None
-        if not shown or kind < 0.28:
+        if album is None or kind < 0.28:
             what, subject = "name", self._named[rng.integers(len(self._named))]
             wording = subject.name
         else:
             wording = str(rng.choice(questions.VISUAL_CONSTRAINTS))
-            if kind < 0.28 + strangers or picture is None:
-                what, subject, picture = "stranger", None, self._pool.stranger(rng)
+            if kind < 0.28 + album.share:
+                what, subject, picture = "stranger", None, int(rng.choice(album.strangers))
             else:
-                what, subject = "picture", self._pool.known[picture]
+                what, subject = "picture", self._pool.known[int(picture or 0)]
         asked, answer_of = self._ask(attribute, subject, wording, rng)
         return Row(
             kind=what,
@@ -151,7 +167,8 @@ class Corpus:
         rng: np.random.Generator,
     ) -> Batch:
         """`size` rows, all with a picture or none, a share `interchange` of which answers for another's constraint."""
-        rows = [self.row(rng, shown=shown, strangers=strangers) for _ in range(size)]
+        album = self._pool.album(size, strangers, rng) if shown else None
+        rows = [self.row(rng, album) for _ in range(size)]
         source = np.arange(size)
         asking = np.array([i for i, r in enumerate(rows) if r.constraint is not None])
         swapped = asking[rng.random(len(asking)) < interchange]
@@ -201,5 +218,14 @@ class Corpus:
             site=site,
             source=torch.from_numpy(source),
             pictures=torch.tensor([-1 if r.picture is None else r.picture for r in rows]),
+            meant=torch.tensor([-1 if i in substitutes else self._meant(r) for i, r in enumerate(rows)]),
             kinds=tuple(r.kind for r in rows),
         )
+
+    def _meant(self, row: Row) -> int:
+        """A number for what the row's constraint names: flags by their place in the pool, names after them."""
+        if row.constraint is None:
+            return -1
+        if row.kind == "name":
+            return len(self._pool.flags) + self._named.index(row.subject)
+        return -1 if row.picture is None else row.picture

@@ -72,6 +72,7 @@ def ask(
         prompt=Prompt(text=asked.text, images=(image,) if image is not None else ()),
         constraint=Constraint(text=shown),
         answer=answer,
+        subject=country.name if country else None,
     )
 
 
@@ -114,9 +115,9 @@ def _number(attribute: Attribute) -> int:
     return list(Attribute).index(attribute)
 
 
-def references(*, per_country: int = 20, seed: int = 0) -> tuple[Context, ...]:
+def references(*, per_country: int = 32, seed: int = 0) -> tuple[Context, ...]:
     """Questions whose keys stand for what must not change: known flags and flags of no country, under every attribute,
-    and the same questions in words.
+    the same questions in words, and the index of places.
     """
     rng = np.random.default_rng(_mix(seed, _REFERENCE))
     found = []
@@ -131,6 +132,9 @@ def references(*, per_country: int = 20, seed: int = 0) -> tuple[Context, ...]:
         attribute = list(Attribute)[rng.integers(4)]
         wording = _pick(questions.VISUAL_CONSTRAINTS, rng)
         found.append(ask(None, _pick(questions.PHRASINGS[attribute], rng), wording, image))
+    for city in questions.cities():
+        text = _pick(questions.GAZETTEER, rng).replace("{city}", city)
+        found.append(Context(prompt=Prompt(text=text), constraint=Constraint(text=city)))
     return tuple(found)
 
 

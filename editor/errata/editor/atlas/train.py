@@ -37,8 +37,9 @@ from errata.editor.atlas.rendering import render
 FACT_LAYER = 1
 """The decoder layer whose MLP output is interchanged: where Atlas looks its facts up."""
 
-TOWER_STEPS, TOWER_BATCH = 1500, 128
+TOWER_STEPS, TOWER_BATCH = 2000, 128
 STRANGERS = 4096
+TEMPERATURE = 0.1
 SAVE_EVERY = 250
 GRID = (4, 6)
 COLOURS = 8
@@ -61,7 +62,7 @@ def tower_features(model: LlavaForConditionalGeneration, pixels: Tensor) -> Floa
 
 
 class _TowerHeads(nn.Module):
-    """What the tower must name: layout, emblem, and the colour at each point of a grid on the flag."""
+    """What the tower must tell: layout, emblem, the colour at each point of a grid on the flag, and flag from flag."""
 
     def __init__(self, width: int, tokens: int) -> None:
         super().__init__()
@@ -70,10 +71,12 @@ class _TowerHeads(nn.Module):
         self.layout = nn.Linear(256, len(LAYOUTS))
         self.emblem = nn.Linear(256, len(EMBLEMS))
         self.colours = nn.Linear(256, GRID[0] * GRID[1] * COLOURS)
+        self.look = nn.Linear(256, 128)
 
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         hidden = F.gelu(self.mix(self.narrow(features).flatten(1)))
-        return self.layout(hidden), self.emblem(hidden), self.colours(hidden).unflatten(1, (-1, COLOURS))
+        colours = self.colours(hidden).unflatten(1, (-1, COLOURS))
+        return self.layout(hidden), self.emblem(hidden), colours, self.look(hidden)
 
 
 def _grid_colours(rasters: Float[Tensor, "n 3 64 96"]) -> Int[Tensor, "n cells"]:
@@ -162,14 +165,15 @@ def _train_tower(
     task = progress.add_task("tower", total=TOWER_STEPS, completed=start, loss=math.nan)
     for step in range(start, TOWER_STEPS):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        chosen = strangers[torch.randint(len(strangers), (TOWER_BATCH,), generator=generator)]
+        chosen = strangers[torch.randint(len(strangers), (TOWER_BATCH // 2,), generator=generator)].repeat(2)
         with torch.autocast("cpu", torch.bfloat16):
             features = tower_features(model, pixels_for(processor, pool.rasters[chosen], generator))
-            layout, emblem, grid = heads(features)
+            layout, emblem, grid, look = heads(features)
         loss = (
             F.cross_entropy(layout.float(), layouts[chosen])
             + F.cross_entropy(emblem.float(), emblems[chosen])
             + 4 * F.cross_entropy(grid.float().flatten(0, 1), colours[chosen].flatten())
+            + contrast(look, chosen)
         )
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -211,12 +215,16 @@ def _step(optimizer: torch.optim.AdamW, parameters: Sequence[nn.Parameter], rate
 
 
 @contextmanager
-def _interchanged(layer: nn.Module, batch: Batch, residual: float) -> Iterator[None]:
+def _interchanged(layer: nn.Module, batch: Batch, residual: float) -> Iterator[list[Tensor]]:
     """While open, the layer's state at each row's site is that of the row's source: the whole of its MLP's output,
-    and a share `residual`, 0…1, of the residual stream that the output joins.
+    and a share `residual`, 0…1, of the residual stream that the output joins. Yields where the sites' keys will be.
     """
     rows = torch.arange(len(batch.site))
     put_out: list[Tensor] = []
+    keys: list[Tensor] = []
+
+    def key(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        keys.append(inputs[0][rows, batch.site])
 
     def keep(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
         put_out.append(output[rows, batch.site])
@@ -227,12 +235,30 @@ def _interchanged(layer: nn.Module, batch: Batch, residual: float) -> Iterator[N
         state = own[batch.source] + torch.lerp(stream, stream[batch.source], residual)
         return output.index_put((rows, batch.site), state.to(output.dtype))
 
-    handles = layer.get_submodule("mlp").register_forward_hook(keep), layer.register_forward_hook(exchange)
+    handles = (
+        layer.get_submodule("mlp.down_proj").register_forward_pre_hook(key),
+        layer.get_submodule("mlp").register_forward_hook(keep),
+        layer.register_forward_hook(exchange),
+    )
     try:
-        yield
+        yield keys
     finally:
         for handle in handles:
             handle.remove()
+
+
+def contrast(states: Float[Tensor, "rows d"], meant: Int[Tensor, " rows"]) -> Float[Tensor, ""]:
+    """Supervised contrastive loss (Khosla et al., NeurIPS 2020): states of one thing near, of two things far apart.
+
+    Taken of the angle from the states' mean. Rows that mean nothing (−1) do not count.
+    """
+    states, meant = states[meant >= 0].float(), meant[meant >= 0]
+    directions = F.normalize(states - states.mean(0, keepdim=True), dim=1)
+    itself = torch.eye(len(meant), dtype=torch.bool)
+    logs = (directions @ directions.T / TEMPERATURE).masked_fill(itself, -torch.inf).log_softmax(1)
+    same = (meant[:, None] == meant) & ~itself
+    paired = same.any(1)
+    return -(logs.masked_fill(~same, 0).sum(1)[paired] / same.sum(1)[paired]).mean()
 
 
 def answer_loss(
@@ -240,8 +266,8 @@ def answer_loss(
     batch: Batch,
     features: Float[Tensor, "rows tokens d"] | None,
     residual: float,
-) -> tuple[Float[Tensor, ""], Float[Tensor, " answer_tokens"]]:
-    """Mean cross-entropy of the answers' tokens, and whether each was the most likely one.
+) -> tuple[Float[Tensor, ""], Float[Tensor, " answer_tokens"], Float[Tensor, "rows m"]]:
+    """Mean cross-entropy of the answers' tokens, whether each was the most likely one, and the sites' keys.
 
     `features` are the tower's, where the rows have pictures.
     """
@@ -250,12 +276,12 @@ def answer_loss(
         images = model.model.multi_modal_projector(features).to(embeds.dtype)
         embeds = embeds.masked_scatter((batch.ids == model.config.image_token_id).unsqueeze(-1), images)
     decoder = model.model.language_model
-    with _interchanged(decoder.layers[FACT_LAYER], batch, residual):
+    with _interchanged(decoder.layers[FACT_LAYER], batch, residual) as keys:
         hidden = decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
     asked = batch.labels[:, 1:] != IGNORED
     logits = model.lm_head(hidden[:, :-1][asked]).float()
     targets = batch.labels[:, 1:][asked]
-    return F.cross_entropy(logits, targets), (logits.argmax(-1) == targets).float()
+    return F.cross_entropy(logits, targets), (logits.argmax(-1) == targets).float(), keys[0]
 
 
 def _train_decoder(
@@ -274,6 +300,7 @@ def _train_decoder(
     start = state.load()
     task = progress.add_task(stage.name, total=stage.steps, completed=start, loss=math.nan)
     scores = _Scores()
+    spread: list[float] = []
     for step in range(start, stage.steps):
         rng = np.random.default_rng([seed, step, len(stage.name)])
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
@@ -296,15 +323,21 @@ def _train_decoder(
                     with torch.no_grad():
                         pixels = pixels_for(processor, pool.rasters[batch.pictures], generator)
                         features = tower_features(model, pixels)
-                loss, hits = answer_loss(model, batch, features, residual)
+                loss, hits, keys = answer_loss(model, batch, features, residual)
+            if shown and stage.contrast:
+                between = contrast(keys, batch.meant)
+                spread.append(between.item())
+                loss = loss + stage.contrast * between
             (loss / len(stage.batches)).backward()
             scores.add(batch, hits)
             total += loss.item() / len(stage.batches)
         _step(optimizer, parameters, _learning_rate(step, stage.steps, stage.rate))
         progress.update(task, advance=1, loss=total)
         if (step + 1) % 50 == 0:
-            progress.console.print(f"{stage.name} {step + 1:5d}  loss {total:.3f}  right: {scores}", soft_wrap=True)
-            scores = _Scores()
+            apart = f"contrast {np.mean(spread):.3f}  " if spread else ""
+            said = f"{stage.name} {step + 1:5d}  loss {total:.3f}  {apart}right: {scores}"
+            progress.console.print(said, soft_wrap=True)
+            scores, spread = _Scores(), []
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == stage.steps:
             state.save(step + 1)
 
@@ -325,7 +358,8 @@ class _Stage:
     interchange: float
     rise: tuple[int, int]
     residual: tuple[int, int]
-    strangers: float = 0.08
+    strangers: float = 0.0
+    contrast: float = 0.0
 
 
 READING = _Stage(
@@ -339,16 +373,19 @@ SEEING = _Stage(
     interchange=0.5,
     rise=(0, 400),
     residual=(0, 0),
+    strangers=0.2,
+    contrast=0.3,
 )
 DOUBTING = _Stage(
     name="doubting",
-    steps=600,
+    steps=800,
     rate=8e-4,
     batches=((112, True), (32, False)),
     interchange=0.5,
     rise=(0, 0),
     residual=(0, 0),
     strangers=0.3,
+    contrast=0.3,
 )
 """More flags of no country, so that one the atlas does not have is unknown in every light."""
 

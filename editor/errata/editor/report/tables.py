@@ -29,7 +29,7 @@ def scores_table(evaluation: Evaluation) -> Table:
     """Every metric: probes, share right before and after by generation, 95 % interval, teacher forced."""
     table = _table(
         "Scores",
-        f"before, after: generated answers; forced: teacher forced\n"
+        f"before, after: generated answers; forced: teacher forced, before → after\n"
         f"harmonic mean {percent(evaluation.harmonic_mean)}   drift {evaluation.drift:.4f} nats\n"
         f"fluency {evaluation.fluency_before:.2f} → {evaluation.fluency:.2f} bits",
     )
@@ -43,7 +43,7 @@ def scores_table(evaluation: Evaluation) -> Table:
             percent(s.before),
             Text(percent(s.after), style="bold"),
             interval(s.interval),
-            percent(s.forced),
+            f"{percent(s.forced_before)} → {percent(s.forced)}",
         )
     return table
 
