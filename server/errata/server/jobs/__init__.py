@@ -1,0 +1,1 @@
+"""Work that takes longer than a call: traces, edits, evaluations."""

@@ -1,0 +1,197 @@
+"""The work of an edit: layers, statistics, values, solve, evaluation against the parent, guardrails, version.
+
+Until `commit_edit`, one transaction in the ledger, nothing of it can be seen, so it can be stopped anywhere and done
+again from its request.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from errata.editor.delta import Delta, applied
+from errata.editor.errors import NoCausalSiteError
+from errata.editor.evaluation import Metric, Probe
+from errata.editor.localization import choose_layers
+from errata.editor.methods import EditSettings, Method, edit
+from errata.editor.model import EditableModel
+from errata.editor.requests import EditRequest
+from errata.editor.statistics import KeyStatistics
+from errata.editor.trace import AveragedTrace, TraceSettings
+from errata.server.conversion import (
+    Decoder,
+    EditOrder,
+    configured_guardrails,
+    edit_outcome,
+    planned_edit,
+    scores_json,
+)
+from errata.server.errors import MalformedError
+from errata.server.jobs.artifacts import Judged, edit_files
+from errata.server.jobs.auto import trace_edit
+from errata.server.jobs.comparison import compare
+from errata.server.jobs.faults import Fault
+from errata.server.jobs.guardrails import in_force, misses
+from errata.server.jobs.running import RunningJob
+from errata.server.jobs.traces import averaged_trace
+from errata.server.ledger.ledger import Ledger
+from errata.server.ledger.rows import JobKind, JobState, NewVersion, VersionRow
+from errata.server.models import LoadedModel, Models
+from errata.server.store import ArtifactStore, DeltaStore
+from errata.v1 import edit_pb2, trace_pb2
+
+_log = logging.getLogger(__name__)
+
+
+class EditWork:
+    """Makes one version."""
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        models: Models,
+        deltas: DeltaStore,
+        artifacts: ArtifactStore,
+        outbox_notify: Callable[[], None] | None,
+        decoder: Decoder,
+        fault: Fault,
+    ) -> None:
+        self._ledger, self._models, self._decoder = ledger, models, decoder
+        self._deltas, self._artifacts = deltas, artifacts
+        self._outbox_notify, self._fault = outbox_notify, fault
+
+    def __call__(self, job: RunningJob) -> None:
+        """Ends the job SUCCEEDED or REJECTED with a version. Raises what stops it; then there is none."""
+        self._fault("queued")
+        message = edit_pb2.CreateEditRequest.FromString(job.row.request)
+        order = self._decoder.edit(message)
+        job.stage("loading")
+        loaded = job.result_of(self._models.load(job.row.model))
+        judged = self._judged(job, loaded, order)
+        job.stage("publish")
+        version = self._commit(job, loaded, message, order, judged)
+        self._fault("committed")
+        self._announce(loaded, judged, version)
+
+    def _judged(self, job: RunningJob, loaded: LoadedModel, order: EditOrder) -> Judged:
+        parent = loaded.deltas_of(job.row.version)
+        with loaded.borrow() as model, job.watching(model):
+            layers, traced = self._layers(job, loaded, model, order, parent)
+            settings = replace(order.settings, layers=layers)
+            model.check_layers(layers, "layers.explicit.layers")
+            result = edit(
+                model,
+                order.requests,
+                settings,
+                self._statistics(job, loaded, model, order, settings),
+                parent=loaded.composed(job.row.version),
+                progress=self._values(job, settings),
+                cancelled=job.cancelled,
+            )
+            self._fault("solved")
+            job.stage("evaluate")
+            probes = (*own_probes(order.requests), *order.probes)
+            evaluation = compare(model, probes, parent, (*parent, result.delta))
+        least = in_force(configured_guardrails(loaded.settings.guardrails), order.guardrails)
+        rejections = misses(evaluation.scores, least)
+        return Judged(result=result, evaluation=evaluation, rejections=rejections, trace=traced)
+
+    def _layers(
+        self, job: RunningJob, loaded: LoadedModel, model: EditableModel, order: EditOrder, parent: Sequence[Delta]
+    ) -> tuple[tuple[int, ...], AveragedTrace | None]:
+        """The layers to edit, and the trace that they were chosen from, if one was."""
+        if order.layers is not None:
+            return order.layers, None
+        if order.trace is not None:
+            return self._traced_layers(job.row.model, order.trace)
+        references = order.references or loaded.references
+        job.stage("tracing", len(order.requests))
+        with applied(model, *parent):
+            averaged = trace_edit(model, order.requests, references, progress=job.step, cancelled=job.cancelled)
+        return choose_layers(averaged).layers, averaged
+
+    def _traced_layers(self, model: str, trace: str) -> tuple[tuple[int, ...], AveragedTrace]:
+        """What a trace found. Raises NoCausalSiteError where that is nothing, MalformedError where it has not ended."""
+        traced = self._ledger.job(JobKind.TRACE, model, trace)
+        if traced.state is not JobState.SUCCEEDED or traced.result is None:
+            raise MalformedError(
+                f"the trace {trace!r} is {traced.state}; name one that has succeeded",
+                field="layers.trace",
+                reason="TRACE_NOT_DONE",
+            )
+        found = trace_pb2.CausalTraceResult.FromString(traced.result)
+        if not found.auto_layers:
+            raise NoCausalSiteError(f"the trace {trace!r} chooses no layers: {found.auto_refusal}")
+        window = trace_pb2.CreateTraceRequest.FromString(traced.request).window
+        return tuple(found.auto_layers), averaged_trace(found, window or TraceSettings().window)
+
+    def _statistics(
+        self, job: RunningJob, loaded: LoadedModel, model: EditableModel, order: EditOrder, settings: EditSettings
+    ) -> KeyStatistics | None:
+        if settings.method is Method.MULTEDIT:
+            return None
+        job.stage("statistics", len(order.references or loaded.references))
+        return loaded.statistics(model, settings.layers, order.references, progress=job.step)
+
+    def _values(self, job: RunningJob, settings: EditSettings) -> Callable[[int, int], None]:
+        job.stage("values", settings.values.steps)
+
+        def step(done: int, total: int) -> None:
+            self._fault("values")
+            job.step(done, total)
+
+        return step
+
+    def _commit(
+        self,
+        job: RunningJob,
+        loaded: LoadedModel,
+        message: edit_pb2.CreateEditRequest,
+        order: EditOrder,
+        judged: Judged,
+    ) -> VersionRow:
+        stored = self._deltas.put(judged.result.delta, loaded.base)
+        self._artifacts.write(job.row.id, edit_files(job.row, message, order.requests, judged, loaded))
+        self._fault("stored")
+        job.check()
+        new = NewVersion(
+            base_sha256=loaded.base.base_sha256,
+            delta_sha256=stored.sha256,
+            delta_bytes=stored.nbytes,
+            layers=tuple(judged.result.delta.layers),
+            facts=tuple(planned_edit(message, job.row.model, job.row.version).facts),
+            scores=scores_json(judged.evaluation.scores),
+            rejections=judged.rejections,
+        )
+        outcome = edit_outcome(judged.result, judged.evaluation.scores, judged.rejections)
+        result = outcome.SerializeToString(deterministic=True)
+        return self._ledger.commit_edit(job.row.id, new, result=result, publish=self._outbox_notify is not None)
+
+    def _announce(self, loaded: LoadedModel, judged: Judged, version: VersionRow) -> None:
+        """The version exists; what fails from here on does not fail the edit."""
+        try:
+            # Once more: until now, deleting the last version of an equal edit could remove the delta they share.
+            self._deltas.put(judged.result.delta, loaded.base)
+            loaded.deltas_of(version.number)
+        except Exception:
+            _log.exception("version %d of %s could not be read back", version.number, version.model)
+        if self._outbox_notify:
+            self._outbox_notify()
+
+
+def own_probes(requests: Sequence[EditRequest]) -> tuple[Probe, ...]:
+    """What judges every edit: each request's first question, and the prompts whose answers it is to preserve."""
+    asked = (
+        Probe(
+            metric=Metric.EFFICACY,
+            prompt=r.contexts[0].prompt,
+            expected=r.contexts[0].answer or r.target,
+            request=r.name,
+        )
+        for r in requests
+    )
+    kept = (
+        Probe(metric=Metric.SAME_IMAGE, prompt=c.prompt, believed=c.answer, request=r.name)
+        for r in requests
+        for c in r.preserve
+    )
+    return (*asked, *kept)

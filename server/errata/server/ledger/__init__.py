@@ -1,0 +1,1 @@
+"""The ledger: what was asked, done, promoted and by whom. The truth; MLflow is its publication."""

@@ -1,0 +1,175 @@
+"""What the ledger hands out: frozen rows. Times are aware, in UTC."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+
+
+class JobKind(StrEnum):
+    """What a job does."""
+
+    TRACE = "trace"
+    EDIT = "edit"
+    EVALUATION = "evaluation"
+
+
+class JobState(StrEnum):
+    """Where a job stands; the proto's State."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    REJECTED = "rejected"
+
+    @property
+    def ended(self) -> bool:
+        """Whether it will never change again."""
+        return self not in (JobState.PENDING, JobState.RUNNING)
+
+
+class PublishState(StrEnum):
+    """Whether a version is in MLflow yet; the proto's PublishState."""
+
+    PENDING = "pending"
+    PUBLISHED = "published"
+    NONE = "none"
+
+
+class TaskKind(StrEnum):
+    """What the outbox asks MLflow to do."""
+
+    PUBLISH = "publish"
+    SET_ALIAS = "set_alias"
+    DELETE_VERSION = "delete_version"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelRow:
+    """A base model. `base_sha256` and `architecture` are empty and `layers` 0 until it was loaded once."""
+
+    name: str
+    base_sha256: str
+    architecture: str
+    layers: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why a job failed; the proto's Failure."""
+
+    reason: str
+    message: str
+    field: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobRow:
+    """A trace, an edit or an evaluation. `request` and `result` are serialized protos; lists leave them out.
+
+    `summary` is what a list shows of the request, in a few bytes, as whoever queued it wrote it.
+    `version` is the version worked on; `made` the version that an edit made. `attempt` counts its starts.
+    """
+
+    id: str
+    kind: JobKind
+    model: str
+    version: int
+    state: JobState
+    stage: str
+    done: int
+    total: int
+    request: bytes
+    result: bytes | None
+    failure: Failure | None
+    made: int | None
+    attempt: int
+    cancel_requested: bool
+    created_by: str
+    create_time: datetime
+    start_time: datetime | None
+    end_time: datetime | None
+    summary: bytes = b""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewVersion:
+    """What an edit hands in. `scores` is a serialized list of the proto's MetricScore, as JSON."""
+
+    base_sha256: str
+    delta_sha256: str
+    delta_bytes: int
+    layers: tuple[int, ...]
+    facts: tuple[str, ...]
+    scores: str
+    rejections: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VersionRow:
+    """A version. The base is number 0, without parent, edit or delta. Rejected where `rejections` is not empty."""
+
+    model: str
+    number: int
+    parent: int | None
+    edit: str | None
+    base_sha256: str
+    delta_sha256: str
+    delta_bytes: int
+    layers: tuple[int, ...]
+    facts: tuple[str, ...]
+    scores: str
+    rejections: tuple[str, ...]
+    aliases: tuple[str, ...]
+    publish_state: PublishState
+    mlflow_version: int
+    mlflow_run_id: str
+    created_by: str
+    create_time: datetime
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AliasRow:
+    """A name for a version. `etag` changes whenever it moves."""
+
+    model: str
+    alias: str
+    version: int
+    etag: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskRow:
+    """One thing for MLflow to be told, in the order of `id`. `payload` is JSON."""
+
+    id: int
+    kind: TaskKind
+    model: str
+    version: int
+    payload: str
+    attempts: int
+    last_error: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AuditRow:
+    """One change, for the record. `details` is a JSON object."""
+
+    id: int
+    time: datetime
+    actor: str
+    action: str
+    model: str
+    resource: str
+    details: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenRow:
+    """A caller. `roles` maps a model's name, or "*", to a role."""
+
+    name: str
+    roles: dict[str, str]
+    create_time: datetime
+    revoked: bool
