@@ -37,6 +37,9 @@ JUDGED = {
 }
 """The metrics of the harmonic mean, and their columns."""
 
+Figures = dict[str, list[dict[str, float]]]
+"""Each method's shares, seed by seed."""
+
 Child = AbstractContextManager[object]
 Editor = Callable[[EditableModel, Sequence[Fact], int], tuple[Child, int]]
 """From a model, facts and a seed to a context in which the model is edited, and the change's size in bytes."""
@@ -142,34 +145,38 @@ def main(
     if quick:
         facts, seeds, single = (errata()[0], long_tail()[0]), 1, 1
     statistics = key_statistics(model, references(per_country=2) if quick else references(), layers)
-    batch: dict[str, list[dict[str, float]]] = defaultdict(list)
-    singles: dict[str, list[dict[str, float]]] = defaultdict(list)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / ("methods-quick.json" if quick else "methods.json")
+    figures = _kept(path, layers, len(facts))
+    batch, singles = figures["batch"], figures["single"]
     for name, editor in editors(layers, statistics).items():
         if only and name not in only:
             continue
+        batch[name], singles[name] = [], []
         for seed in range(seeds):
             try:
                 batch[name].append(judge(model, editor, [facts], seed))
+                console.print(f"{name}, seed {seed}: " + "  ".join(f"{k} {v:.3f}" for k, v in batch[name][-1].items()))
                 chosen = [[facts[i]] for i in np.random.default_rng(seed).permutation(len(facts))[:single]]
                 if chosen:
                     singles[name].append(judge(model, editor, chosen, seed))
             except ErrataError as error:
                 console.print(f"{name}, seed {seed}: {type(error).__name__}: {error}")
-        console.print(f"{name}: " + "  ".join(f"{k} {v:.3f}" for k, v in (batch[name] or [{}])[-1].items()))
-    console.print(table(f"one batch of {len(facts)} facts, layers {layers}, {seeds} seed(s)", batch))
-    if singles:
-        console.print(table(f"{single} single edits a seed", singles))
-    out.mkdir(parents=True, exist_ok=True)
-    figures = {
-        "layers": layers,
-        "facts": len(facts),
-        "threads": torch.get_num_threads(),
-        "batch": batch,
-        "single": singles,
-    }
-    path = out / ("methods-quick.json" if quick else "methods.json")
-    path.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+        whole = {"layers": layers, "facts": len(facts), "threads": torch.get_num_threads(), **figures}
+        path.write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+    console.print(table(f"one batch of {len(facts)} facts, layers {layers}", {k: v for k, v in batch.items() if v}))
+    if any(singles.values()):
+        console.print(table("single edits", {k: v for k, v in singles.items() if v}))
     console.print(f"figures in {path}")
+
+
+def _kept(path: Path, layers: tuple[int, ...], facts: int) -> dict[str, Figures]:
+    """The figures of an earlier run on the same facts and layers, so that methods can be run one by one."""
+    if path.exists():
+        earlier = json.loads(path.read_text(encoding="utf-8"))
+        if (tuple(earlier["layers"]), earlier["facts"]) == (layers, facts):
+            return {"batch": earlier["batch"], "single": earlier["single"]}
+    return {"batch": {}, "single": {}}
 
 
 if __name__ == "__main__":

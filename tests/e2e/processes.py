@@ -88,6 +88,8 @@ class Process:
         """Its exit status, once it has ended."""
         status = self.child.wait(SECONDS)
         self._reader.join(SECONDS)
+        assert self.child.stdout
+        self.child.stdout.close()
         self._log.close()
         return status
 
@@ -132,6 +134,7 @@ def server(data: Path, *, mlflow: str | None = None, fault: str = "") -> Iterato
     finally:
         if process.child.poll() is None:
             process.child.kill()
+            process.ended()
 
 
 class MlflowProcess(Process):

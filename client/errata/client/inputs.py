@@ -179,7 +179,7 @@ class EditOptions(TypedDict, total=False):
     method: Method | str
     """The closed form; default: the one that measures best."""
     preservation: float
-    """Weight of what is preserved against the edit (MEMIT's λ), in keys, > 0."""
+    """Weight of what is preserved against one request (MEMIT's λ), > 0."""
     ridge: float
     """λ of the ridge relative to the mean of KᵀMK's diagonal, >= 0."""
     steps: int

@@ -46,7 +46,8 @@ class EditSettings:
 
     `layers` in rising order: values are optimised at the last and the residual is spread over all of them (MEMIT
     §4.3). `ridge` is λ relative to the mean of KᵀMK's diagonal, so that it means the same for keys of any size;
-    None takes the method's own. `preservation` weighs C₀ against the edit (MEMIT's λ), in keys.
+    None takes the method's own. `preservation` weighs C₀ against one request (MEMIT's λ), however many contexts' keys it
+    brings.
     """
 
     layers: tuple[int, ...]
@@ -54,7 +55,7 @@ class EditSettings:
     keys: Keys = Keys.EACH
     values: ValueSettings = field(default_factory=ValueSettings)
     ridge: float | None = None
-    preservation: float = 14000.0
+    preservation: float = 110.0
     null_energy: float = 0.02
 
 
@@ -185,6 +186,10 @@ def _spread(
         if settings.keys is Keys.MEAN or settings.method is Method.ROME:
             keys = [k.mean(1, keepdim=True) for k in keys]
             residuals = [r.mean(1, keepdim=True) for r in residuals]
+        else:
+            # A request's contexts share its weight: in least squares a column counts by the square of its length.
+            keys = [k / k.shape[1] ** 0.5 for k in keys]
+            residuals = [r / r.shape[1] ** 0.5 for r in residuals]
         covariance = statistics.covariance(layer, _subjects(requests)) if statistics else None
         low = _solve(torch.cat(keys, 1), torch.cat(residuals, 1), settings, covariance)
         one = Delta(

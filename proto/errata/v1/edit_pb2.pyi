@@ -170,7 +170,7 @@ class EditSettings(_message.Message):
     method: Global___Method.ValueType
     """The closed form."""
     preservation: _builtins.float
-    """Weight of what is preserved against the edit (MEMIT's λ), in keys, > 0."""
+    """Weight of what is preserved against one request (MEMIT's λ), > 0."""
     ridge: _builtins.float
     """λ of the ridge relative to the mean of KᵀMK's diagonal, >= 0."""
     steps: _builtins.int

@@ -342,7 +342,9 @@ class Server:
         settings = self._settings
         if settings.metrics_port is not None:
             try:
-                self._metrics_server = self._metrics.serve(settings.metrics_port, settings.host)
+                # In clear and for anyone: beyond this machine only where the settings say that this is well.
+                host = settings.host if settings.insecure_ok else "127.0.0.1"
+                self._metrics_server = self._metrics.serve(settings.metrics_port, host)
             except OSError as error:
                 raise SettingsError(f"metrics_port {settings.metrics_port} cannot be used: {error.strerror}") from None
         self._runner.recover()

@@ -53,13 +53,13 @@ class ServiceError(ErrataError):
 
 
 class NotFoundError(ServiceError):
-    """No such resource. Raised with MODEL_NOT_FOUND, VERSION_NOT_FOUND, ALIAS_NOT_FOUND, TRACE_NOT_FOUND, …"""
+    """No such resource. Raised with MODEL_NOT_FOUND, VERSION_NOT_FOUND, ALIAS_NOT_FOUND, TRACE_NOT_FOUND and the like."""
 
     reason = "NOT_FOUND"
 
 
 class MalformedError(ServiceError):
-    """The request breaks one of the API's limits. Raised with MALFORMED_NAME, OUT_OF_RANGE, MISSING_FIELD, …"""
+    """The request breaks one of the API's limits. Raised with MALFORMED_NAME, OUT_OF_RANGE, MISSING_FIELD and the like."""
 
     reason = "MALFORMED"
 

@@ -39,18 +39,24 @@ def test_a_server_with_its_model_in_memory_serves_every_service(hosted: Hosted) 
 
 
 def test_only_the_list_of_models_serves_while_a_model_loads(hosted: Hosted) -> None:
-    async def statuses() -> list[int]:
+    async def made() -> Health:
         found = Health(["models"], ["inference"], ["atlas"])
         await found.start()
-        seen = [found.servicer._server_status[s] for s in ("models", "inference", "")]
-        await found._changed("atlas", LoadState.READY)
-        seen += [found.servicer._server_status[s] for s in ("models", "inference", "")]
-        await found.drain()
-        await found._changed("atlas", LoadState.READY)
-        return seen + [found.servicer._server_status[s] for s in ("models", "inference", "")]
+        return found
 
-    loading, ready, draining = [SERVING, NOT_SERVING, NOT_SERVING], [SERVING] * 3, [NOT_SERVING] * 3
-    assert hosted.within(statuses()) == loading + ready + draining
+    async def statuses() -> list[int]:
+        asked = (health_pb2.HealthCheckRequest(service=s) for s in ("models", "inference", ""))
+        return [(await found.servicer.Check(request, None)).status for request in asked]
+
+    found = hosted.within(made())
+    assert hosted.within(statuses()) == [SERVING, NOT_SERVING, NOT_SERVING]
+    found.changed("atlas", LoadState.LOADING)
+    assert hosted.within(statuses()) == [SERVING, NOT_SERVING, NOT_SERVING]
+    found.changed("atlas", LoadState.READY)
+    assert hosted.within(statuses()) == [SERVING, SERVING, SERVING]
+    hosted.within(found.drain())
+    found.changed("atlas", LoadState.READY)
+    assert hosted.within(statuses()) == [NOT_SERVING, NOT_SERVING, NOT_SERVING]
 
 
 def test_reflection_names_the_services(hosted: Hosted) -> None:
@@ -150,3 +156,27 @@ def test_versions_survive_a_restart(tmp_path: Path) -> None:
         assert second.call.inference.Generate(request) == answer
         request.version = BASE
         assert second.call.inference.Generate(request).text != answer.text
+
+
+def test_a_token_opens_what_its_role_allows_and_names_its_holder_in_the_audit(tmp_path: Path) -> None:
+    lazy = {"atlas": ModelSettings(source="atlas", load="lazy")}
+    with hosting(small(tmp_path, models=lazy, auth=True)) as hosted:
+        ledger, call = hosted.server.stores.ledger, hosted.call.models
+        grants = {"rita": {"llava": "reader"}, "ed": {"atlas": "editor"}, "ada": {"*": "admin"}}
+        sent = {n: (("authorization", f"Bearer {ledger.create_token(n, r)}"),) for n, r in grants.items()}
+
+        def seen(name: str) -> list[str]:
+            return [m.name for m in call.ListModels(model_pb2.ListModelsRequest(), metadata=sent[name]).models]
+
+        assert (seen("rita"), seen("ed"), seen("ada")) == ([], ["models/atlas"], ["models/atlas"])
+        promote = model_pb2.PromoteRequest(version=BASE, alias="candidate")
+        assert refused(lambda: call.Promote(promote)).reason == "UNAUTHENTICATED"
+        assert refused(lambda: call.Promote(promote, metadata=sent["rita"])).reason == "FORBIDDEN"
+        promote.override_guardrails, promote.override_reason = True, "because"
+        assert refused(lambda: call.Promote(promote, metadata=sent["ed"])).reason == "FORBIDDEN"
+        assert call.Promote(promote, metadata=sent["ada"]).alias.version == BASE
+        audit = model_pb2.ListAuditEntriesRequest(parent="models/atlas", page_size=1)
+        assert call.ListAuditEntries(audit, metadata=sent["ed"]).entries[0].actor == "ada"
+        ledger.revoke_token("ada")
+        assert refused(lambda: seen("ada")).reason == "UNAUTHENTICATED"
+        assert health(hosted) == SERVING

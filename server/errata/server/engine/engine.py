@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 
 import torch
@@ -33,6 +33,7 @@ from errata.server.engine.sampling import row_sampling
 from errata.server.engine.scoring import log_probabilities
 from errata.server.engine.text import TextStream
 from errata.server.engine.versions import LoadedVersions
+from errata.server.engine.work import Answering, Judging, Work
 from errata.server.errors import BusyError, DrainingError
 
 
@@ -48,58 +49,6 @@ class EngineSettings:
     max_queue: int = 256
     max_prefill_tokens: int = 4096
     version_bytes: int = 2**30
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Work:
-    """A request in flight; made by the caller, filled in by the preparing thread, ended by the engine."""
-
-    submitted: float
-    deadline: float | None
-    ended: bool = False
-    tokens: int = 0
-
-    def withdrawn(self) -> bool:
-        """Whether the caller no longer wants it."""
-        raise NotImplementedError
-
-    def end(self, outcome: Exception) -> None:
-        """Tells the caller what ended it."""
-        raise NotImplementedError
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Answering(_Work):
-    request: Generation
-    handle: GenerationHandle
-    limit: int = 0
-    row: Row | None = None
-    text: TextStream | None = None
-    log_probability: float = 0.0
-
-    def withdrawn(self) -> bool:
-        return self.handle.cancelled
-
-    def end(self, outcome: Exception) -> None:
-        self.handle.end(outcome)
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Judging(_Work):
-    request: Scoring
-    future: Future[list[CandidateScore]]
-    rows: Sequence[Encoded] = field(default=(), repr=False)
-    version: VersionFactors | None = None
-    scores: list[float] = field(default_factory=list)
-    chunks: Iterator[list[float]] | None = None
-
-    def withdrawn(self) -> bool:
-        return self.future.cancelled()
-
-    def end(self, outcome: Exception) -> None:
-        # Fails where the caller cancelled it meanwhile; nobody waits for it then.
-        if self.future.running() or self.future.set_running_or_notify_cancel():
-            self.future.set_exception(outcome)
 
 
 class Engine:
@@ -127,14 +76,14 @@ class Engine:
         self._context = getattr(self._model.model.config.get_text_config(), "max_position_embeddings", None)
         self._ends = _end_tokens(self._model)
         self._versions = LoadedVersions(self._model, deltas_of, self._settings.version_bytes)
-        self._incoming: SimpleQueue[_Work | None] = SimpleQueue()
+        self._incoming: SimpleQueue[Work | None] = SimpleQueue()
         self._changed = threading.Condition()
-        self._open: set[_Work] = set()
-        self._queued: set[_Work] = set()
-        self._ready: deque[_Work] = deque()
+        self._open: set[Work] = set()
+        self._queued: set[Work] = set()
+        self._ready: deque[Work] = deque()
         self._taken: deque[float] = deque(maxlen=64)
         self._closing = self._stopped = False
-        self._running: dict[Row, _Answering] = {}
+        self._running: dict[Row, Answering] = {}
         self._threads = [
             threading.Thread(target=self._prepare_all, name=f"errata-prepare-{model.name}", daemon=True),
             threading.Thread(target=self._run, name=f"errata-engine-{model.name}", daemon=True),
@@ -166,7 +115,7 @@ class Engine:
         Everything else that can be wrong ends the handle.
         """
         handle = GenerationHandle(on_cancel=self._wake)
-        self._submit(_Answering(submitted=self._clock(), deadline=deadline, request=request, handle=handle))
+        self._submit(Answering(submitted=self._clock(), deadline=deadline, request=request, handle=handle))
         return handle
 
     def score(self, request: Scoring, *, deadline: float | None = None) -> Future[list[CandidateScore]]:
@@ -175,7 +124,7 @@ class Engine:
         Its future can be cancelled until its turn comes.
         """
         future: Future[list[CandidateScore]] = Future()
-        self._submit(_Judging(submitted=self._clock(), deadline=deadline, request=request, future=future))
+        self._submit(Judging(submitted=self._clock(), deadline=deadline, request=request, future=future))
         return future
 
     def evict(self, version: int) -> None:
@@ -202,7 +151,7 @@ class Engine:
         """Rows of the running batch."""
         return len(self._running)
 
-    def _submit(self, work: _Work) -> None:
+    def _submit(self, work: Work) -> None:
         with self._changed:
             if self._closing:
                 raise DrainingError("the server is shutting down; ask again later", retry_after=1.0)
@@ -244,14 +193,14 @@ class Engine:
                     self._ready.append(work)
                     self._changed.notify_all()
 
-    def _prepare(self, work: _Work) -> None:
-        if isinstance(work, _Answering):
+    def _prepare(self, work: Work) -> None:
+        if isinstance(work, Answering):
             encoded = self._encoder.encode(work.request.prompt)
             work.limit = min(work.request.max_new_tokens, self._room(encoded))
             sampling = row_sampling(work.request.sampling, work.limit)
             work.row = Row(encoded=encoded, version=self._version(work.request.version), sampling=sampling)
             work.text = TextStream(self._model.tokenizer, work.request.stop)
-        elif isinstance(work, _Judging):
+        elif isinstance(work, Judging):
             work.rows = [self._candidate(work.request, i) for i in range(len(work.request.candidates))]
             work.version = self._version(work.request.version)
 
@@ -289,7 +238,7 @@ class Engine:
     def _run(self) -> None:
         with torch.inference_mode(), MixedDeltas(self._model) as deltas:
             batch = RunningBatch(self._model, deltas)
-            judging: deque[_Judging] = deque()
+            judging: deque[Judging] = deque()
             while self._await_work(batch, judging):
                 try:
                     self._sweep(batch, judging)
@@ -302,19 +251,19 @@ class Engine:
                     for work in failed.values():
                         self._fail(work, _unexpected("a step of the batch", error))
 
-    def _await_work(self, batch: RunningBatch, judging: Sequence[_Judging]) -> bool:
+    def _await_work(self, batch: RunningBatch, judging: Sequence[Judging]) -> bool:
         with self._changed:
             self._changed.wait_for(lambda: self._stopped or self._ready or batch.rows or judging)
             return not self._stopped
 
-    def _check(self, work: _Work) -> None:
+    def _check(self, work: Work) -> None:
         """Raises where nobody waits for it any more."""
         if work.withdrawn():
             raise CancelledError("the caller cancelled the request")
         if work.deadline is not None and self._clock() >= work.deadline:
             raise DeadlineExceededError("the request's deadline passed before its answer was complete")
 
-    def _lives(self, work: _Work) -> bool:
+    def _lives(self, work: Work) -> bool:
         try:
             self._check(work)
         except CancelledError as error:
@@ -322,7 +271,7 @@ class Engine:
             return False
         return True
 
-    def _sweep(self, batch: RunningBatch, judging: deque[_Judging]) -> None:
+    def _sweep(self, batch: RunningBatch, judging: deque[Judging]) -> None:
         ended = [i for i, row in enumerate(batch.rows) if not self._lives(self._running[row])]
         self._leave(batch, ended)
         with self._changed:
@@ -334,7 +283,7 @@ class Engine:
             for work in gone & set(judging):
                 judging.remove(work)  # type: ignore[arg-type]
 
-    def _admit(self, batch: RunningBatch, judging: deque[_Judging]) -> None:
+    def _admit(self, batch: RunningBatch, judging: deque[Judging]) -> None:
         tokens = self._settings.max_prefill_tokens
         first = True
         while group := self._next_group(self._settings.max_rows - len(batch.rows), tokens, first, judging):
@@ -342,23 +291,23 @@ class Engine:
             tokens -= sum(len(w.row.encoded.ids) for w in group if w.row)
             self._prefill(batch, group)
 
-    def _next_group(self, free: int, tokens: int, first: bool, judging: deque[_Judging]) -> list[_Answering]:
+    def _next_group(self, free: int, tokens: int, first: bool, judging: deque[Judging]) -> list[Answering]:
         """Requests with prompts alike in length and images to the oldest's, as many as there is room for."""
         with self._changed:
-            for work in [w for w in self._ready if isinstance(w, _Judging)]:
+            for work in [w for w in self._ready if isinstance(w, Judging)]:
                 self._ready.remove(work)
                 judging.append(work)
-            waiting = [w for w in self._ready if isinstance(w, _Answering)]
+            waiting = [w for w in self._ready if isinstance(w, Answering)]
             if not waiting or free <= 0:
                 return []
-            length = _shape(waiting[0])[0]
+            length = waiting[0].shape[0]
             room = min(free, max(tokens // length, 1 if first else 0))
-            group = [w for w in waiting if _shape(w) == _shape(waiting[0])][:room]
+            group = [w for w in waiting if w.shape == waiting[0].shape][:room]
             taken = set(group)
             self._ready = deque(w for w in self._ready if w not in taken)
         return group
 
-    def _prefill(self, batch: RunningBatch, group: Sequence[_Answering]) -> None:
+    def _prefill(self, batch: RunningBatch, group: Sequence[Answering]) -> None:
         rows = [w.row for w in group if w.row]
         try:
             prefilled = batch.prefill(rows)
@@ -391,7 +340,7 @@ class Engine:
             del self._running[batch.rows[i]]
         batch.leave(ended)
 
-    def _accept(self, work: _Answering, chosen: Chosen) -> bool:
+    def _accept(self, work: Answering, chosen: Chosen) -> bool:
         """Takes a row's next token; whether it was the last."""
         try:
             return self._take(work, chosen)
@@ -399,7 +348,7 @@ class Engine:
             self._fail(work, _unexpected("reading a token", error))
             return True
 
-    def _take(self, work: _Answering, chosen: Chosen) -> bool:
+    def _take(self, work: Answering, chosen: Chosen) -> bool:
         assert work.text is not None
         work.tokens += 1
         work.log_probability += chosen.log_probability
@@ -415,7 +364,7 @@ class Engine:
                 return self._answered(work, FinishReason.STOP)
         return work.tokens == work.limit and self._answered(work, FinishReason.LENGTH)
 
-    def _answered(self, work: _Answering, reason: FinishReason) -> bool:
+    def _answered(self, work: Answering, reason: FinishReason) -> bool:
         assert work.text is not None
         assert work.row is not None
         work.handle.add(work.text.end())
@@ -433,7 +382,7 @@ class Engine:
             work.handle.end(answer)
         return True
 
-    def _judge(self, deltas: MixedDeltas, judging: deque[_Judging]) -> None:
+    def _judge(self, deltas: MixedDeltas, judging: deque[Judging]) -> None:
         """Scores one chunk of the oldest scoring request: the batch must not wait for all of it."""
         if not judging:
             return
@@ -455,7 +404,7 @@ class Engine:
             judging.popleft()
             self._judged(work)
 
-    def _chunks(self, work: _Judging, deltas: MixedDeltas) -> Iterator[list[float]]:
+    def _chunks(self, work: Judging, deltas: MixedDeltas) -> Iterator[list[float]]:
         row = work.rows[0]
         return log_probabilities(
             self._model,
@@ -466,7 +415,7 @@ class Engine:
             max_tokens=self._settings.max_prefill_tokens,
         )
 
-    def _judged(self, work: _Judging) -> None:
+    def _judged(self, work: Judging) -> None:
         scores = [
             CandidateScore(candidate=c, log_probability=p, tokens=len(r.answer))
             for c, p, r in zip(work.request.candidates, work.scores, work.rows, strict=True)
@@ -476,7 +425,7 @@ class Engine:
 
     # Both threads
 
-    def _took(self, work: _Work) -> None:
+    def _took(self, work: Work) -> None:
         """The request no longer waits."""
         now = self._clock()
         with self._changed:
@@ -484,11 +433,11 @@ class Engine:
             self._taken.append(now)
         self._observer.started(now - work.submitted)
 
-    def _fail(self, work: _Work, error: Exception) -> None:
+    def _fail(self, work: Work, error: Exception) -> None:
         if self._close_work(work, error.reason if isinstance(error, ErrataError) else EngineError.reason):
             work.end(error)
 
-    def _close_work(self, work: _Work, outcome: str) -> bool:
+    def _close_work(self, work: Work, outcome: str) -> bool:
         """Takes the request off the books; False where that was done before."""
         with self._changed:
             if work.ended:
@@ -499,11 +448,6 @@ class Engine:
             self._changed.notify_all()
         self._observer.finished(outcome, self._clock() - work.submitted, work.tokens)
         return True
-
-
-def _shape(work: _Answering) -> tuple[int, int]:
-    assert work.row is not None
-    return len(work.row.encoded.ids), len(work.row.encoded.images)
 
 
 def _end_tokens(model: EditableModel) -> frozenset[int]:

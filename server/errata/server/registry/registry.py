@@ -251,6 +251,7 @@ class Registry:
             tags=tags_of(version),
             description=describe(version, record),
             model_id=model.model_id,
+            await_creation_for=0,
         )
         shown = json.dumps([{"name": name, "version": int(registered.version)}])
         self._client.set_logged_model_tags(model.model_id, {MLFLOW_MODEL_VERSIONS: shown})
