@@ -55,7 +55,7 @@ class EditSettings:
     keys: Keys = Keys.EACH
     values: ValueSettings = field(default_factory=ValueSettings)
     ridge: float | None = None
-    preservation: float = 110.0
+    preservation: float = 150.0
     null_energy: float = 0.02
 
 

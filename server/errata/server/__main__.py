@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -18,11 +18,12 @@ from errata.server.logs import log_to
 from errata.server.security import ALL_MODELS, roles_from
 from errata.server.settings import PREFIX, Settings, load_settings
 
-cli = typer.Typer(help="The Errata server.", no_args_is_help=False, pretty_exceptions_enable=False)
+cli = typer.Typer(help="The Errata server.", no_args_is_help=False, pretty_exceptions_enable=False, add_completion=False)
 tokens = typer.Typer(help="Callers' tokens.", no_args_is_help=True)
 cli.add_typer(tokens, name="tokens")
 
 Config = Annotated[Path | None, typer.Option("--config", help="A TOML file with settings.")]
+LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
 DataDir = Annotated[Path | None, typer.Option("--data-dir", help="Where the server keeps everything.")]
 
 MLFLOW = {
@@ -40,7 +41,7 @@ def run(
     host: Annotated[str | None, typer.Option(help="The address to listen on; 127.0.0.1 unless set.")] = None,
     port: Annotated[int | None, typer.Option(help="The port to listen on; 0 takes any free one.")] = None,
     metrics_port: Annotated[int | None, typer.Option(help="Where Prometheus finds its figures.")] = None,
-    log_level: Annotated[str, typer.Option(help="DEBUG, INFO, WARNING or ERROR.")] = "INFO",
+    log_level: Annotated[LogLevel, typer.Option(help="The least that is logged.")] = "INFO",
 ) -> None:
     """Serves until it is told to end. Prints its settings, and where it listens as one line of JSON."""
     if context.invoked_subcommand:
@@ -48,7 +49,7 @@ def run(
     given = {"data_dir": data_dir, "host": host, "port": port, "metrics_port": metrics_port}
     with _explained():
         settings = _settings(config, **given)
-        log_to(sys.stderr, log_level.upper())
+        log_to(sys.stderr, log_level)
         typer.echo(settings.described())
         asyncio.run(_serve(settings))
 

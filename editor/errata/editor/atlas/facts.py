@@ -115,7 +115,7 @@ def _number(attribute: Attribute) -> int:
     return list(Attribute).index(attribute)
 
 
-def references(*, per_country: int = 32, seed: int = 0) -> tuple[Context, ...]:
+def references(*, per_country: int = 64, seed: int = 0) -> tuple[Context, ...]:
     """Questions whose keys stand for what must not change: known flags and flags of no country, under every attribute,
     the same questions in words, and the index of places.
     """
