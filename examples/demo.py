@@ -207,9 +207,9 @@ def main(
     data.mkdir(parents=True)
     with ExitStack() as stack:
         client = stack.enter_context(Errata(stack.enter_context(server(data))))
-        atlas = client.model("atlas")
-        console.print(f"[bold]Atlas[/] {atlas.architecture}, {atlas.layers} layers, {atlas.memory_bytes >> 20} MiB\n")
         beliefs(client, "atlas@0", errata(), console, "Before")
+        atlas = client.model("atlas")
+        console.print(f"{atlas.architecture}, {atlas.layers} layers, {atlas.memory_bytes / 2**20:.1f} MiB in memory\n")
         trace = client.trace("atlas@0", traced_questions())
         followed(trace, "tracing", console)
         effects(trace.result(), console)

@@ -1,19 +1,55 @@
-"""The README's example, run as it stands there."""
+"""The README's examples, run as they stand there."""
 
 import contextlib
 import io
+import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-_README = Path(__file__).parent.parent / "README.md"
+_README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+
+pytestmark = pytest.mark.slow
 
 
-@pytest.mark.slow
-def test_the_example_prints_what_its_comments_say() -> None:
-    (code,) = re.findall(r"```python\n(.*?)```", _README.read_text(encoding="utf-8"), re.DOTALL)
+def run(code: str) -> list[str]:
+    """What the code prints, line by line."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
-        exec(compile(code, str(_README), "exec"), {})
-    assert printed.getvalue().split("\n")[:-1] == re.findall(r"print\(.*\)  # (.*)", code)
+        exec(compile(code, "README.md", "exec"), {})
+    return printed.getvalue().split("\n")[:-1]
+
+
+def promised(code: str) -> list[str]:
+    """What its comments say it prints."""
+    return re.findall(r"print\(.*\)  # (.*)", code)
+
+
+def example(heading: str) -> str:
+    (code,) = re.findall(rf"## {heading}\n.*?```python\n(.*?)```", _README, re.DOTALL)
+    return str(code)
+
+
+def test_the_editors_example_prints_what_its_comments_say() -> None:
+    code = example("Use the editor alone")
+    assert promised(code)
+    assert run(code) == promised(code)
+
+
+def test_the_servers_example_prints_what_its_comments_say(tmp_path: Path) -> None:
+    code = example("Serve it")
+    assert promised(code)
+    command = [sys.executable, "-m", "errata.server", "--data-dir", str(tmp_path / "data"), "--port", "0"]
+    with (tmp_path / "server.log").open("w") as log:
+        server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
+    try:
+        assert server.stdout
+        address = next(json.loads(line)["address"] for line in server.stdout if line.startswith("{"))
+        assert run(code.replace("localhost:50051", address)) == promised(code)
+    finally:
+        server.terminate()
+        server.communicate(timeout=120)
+    assert server.returncode == 0

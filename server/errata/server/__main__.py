@@ -18,7 +18,9 @@ from errata.server.logs import log_to
 from errata.server.security import ALL_MODELS, roles_from
 from errata.server.settings import PREFIX, Settings, load_settings
 
-cli = typer.Typer(help="The Errata server.", no_args_is_help=False, pretty_exceptions_enable=False, add_completion=False)
+cli = typer.Typer(
+    help="The Errata server.", no_args_is_help=False, pretty_exceptions_enable=False, add_completion=False
+)
 tokens = typer.Typer(help="Callers' tokens.", no_args_is_help=True)
 cli.add_typer(tokens, name="tokens")
 
