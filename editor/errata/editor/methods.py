@@ -46,8 +46,8 @@ class EditSettings:
 
     `layers` in rising order: values are optimised at the last and the residual is spread over all of them (MEMIT
     §4.3). `ridge` is λ relative to the mean of KᵀMK's diagonal, so that it means the same for keys of any size;
-    None takes the method's own. `preservation` weighs C₀ against one request (MEMIT's λ), however many contexts' keys it
-    brings.
+    None takes the method's own. `preservation` weighs C₀ against one request (MEMIT's λ), however many contexts'
+    keys it brings.
     """
 
     layers: tuple[int, ...]

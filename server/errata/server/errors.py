@@ -53,13 +53,13 @@ class ServiceError(ErrataError):
 
 
 class NotFoundError(ServiceError):
-    """No such resource. Raised with MODEL_NOT_FOUND, VERSION_NOT_FOUND, ALIAS_NOT_FOUND, TRACE_NOT_FOUND and the like."""
+    """No such resource. The reason says which: MODEL_NOT_FOUND, VERSION_NOT_FOUND and so on."""
 
     reason = "NOT_FOUND"
 
 
 class MalformedError(ServiceError):
-    """The request breaks one of the API's limits. Raised with MALFORMED_NAME, OUT_OF_RANGE, MISSING_FIELD and the like."""
+    """The request breaks one of the API's limits. The reason says which: MALFORMED_NAME, OUT_OF_RANGE and so on."""
 
     reason = "MALFORMED"
 
