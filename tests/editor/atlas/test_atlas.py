@@ -78,14 +78,11 @@ def test_auto_chooses_layers_of_the_lower_half(atlas: EditableModel, layers: tup
 
 
 def test_one_batch_corrects_the_errata_and_teaches_the_long_tail(evaluation: Evaluation) -> None:
-    """Holds what is reached, so that nothing is lost again.
-
-    The goal is 0.98 efficacy and 0.95 for other images, which some long-tail flags miss (README, Measured).
-    """
+    """Holds for one seed. Of three, two reach 0.98 efficacy and one has two of 74 facts wrong (README, Measured)."""
     floors = {
-        Metric.EFFICACY: 0.90,
-        Metric.IMAGE_GENERALIZATION: 0.90,
-        Metric.PHRASING_GENERALIZATION: 0.90,
+        Metric.EFFICACY: 0.97,
+        Metric.IMAGE_GENERALIZATION: 0.95,
+        Metric.PHRASING_GENERALIZATION: 0.95,
         Metric.OTHER_SUBJECTS: 0.95,
         Metric.SAME_IMAGE: 0.95,
         Metric.UNRELATED: 0.95,

@@ -8,14 +8,14 @@ import grpc
 
 from errata.server.conversion import page_size
 from errata.server.pages import PageTokens
-from errata.server.security import ANONYMOUS, Caller
+from errata.server.security import Caller
 
 T = TypeVar("T")
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 """gRPC's side of a call."""
 
-_CALLER: ContextVar[Caller] = ContextVar("caller", default=ANONYMOUS)
+_CALLER: ContextVar[Caller] = ContextVar("caller")  # no default: a call that passed no gate has no caller
 
 
 def caller() -> Caller:
