@@ -114,7 +114,7 @@ def four_probes() -> Evaluation:
 
 def test_the_scores_table_shows_the_scores(four_probes: Evaluation) -> None:
     text = printed(scores_table(four_probes))
-    assert re.search(r"specificity: other subjects +4 +0 % +75 % +30–95 +50 %", text)
+    assert re.search(r"specificity: other subjects +4 +0 % +75 % +30–95 +25 % → +50 %", text)
     assert "harmonic mean 75 %" in text
     assert "drift 0.0123 nats" in text
     assert "fluency 4.61 → 4.55 bits" in text
