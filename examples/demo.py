@@ -219,11 +219,19 @@ def main(
         scores(batch.scores, console)
         history(client, console)
     console.print(f"done in {time.monotonic() - began:.0f} s; the base's weights were never changed")
-    ui = [sys.executable, "-m", "errata.server", "ui", "--data-dir", str(data)]
+    python = Path(sys.executable)
+    ui = [
+        str(python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python),
+        "-m",
+        "errata.server",
+        "ui",
+        "--data-dir",
+        str(data),
+    ]
     if keep:
         subprocess.run(ui, check=False)
     else:
-        console.print(f"the history of edits in MLflow's UI: {' '.join(['python', *ui[1:]])}", soft_wrap=True)
+        console.print(f"the history of edits in MLflow's UI: {' '.join(ui)}", soft_wrap=True)
 
 
 if __name__ == "__main__":
