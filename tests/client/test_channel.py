@@ -167,7 +167,7 @@ def test_a_token_is_not_sent_in_clear_over_a_network(server: str) -> None:
         "ipv4:127.0.0.1:1",
     ],
 )
-def test_a_token_is_sent_in_clear_to_this_machine(server: str) -> None:
+def test_a_token_may_be_sent_in_clear_to_this_machine(server: str) -> None:
     Errata(server, token="secret").close()
 
 

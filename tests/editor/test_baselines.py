@@ -328,6 +328,27 @@ def test_the_batch_size_does_not_change_what_is_learnt(model: EditableModel) -> 
     assert curve(1) == pytest.approx(curve(64), rel=1e-3)
 
 
+def test_folds_take_a_requests_contexts_in_turn(llama: EditableModel) -> None:
+    [capital, _] = requests(llama)
+    still = DescentSettings(steps=3, learning_rate=1e-12, stop_loss=0.0)
+
+    def losses(asked: EditRequest, folds: int) -> tuple[float, ...]:
+        return fine_tune(llama, [asked], replace(FT, descent=replace(still, folds=folds))).losses
+
+    alone = [losses(replace(capital, contexts=(c,)), folds=1)[0] for c in capital.contexts]
+    assert alone[0] != pytest.approx(alone[1], rel=1e-3)
+    assert losses(capital, folds=2) == pytest.approx((*alone, *alone), rel=1e-4)
+    assert losses(capital, folds=1) == pytest.approx((sum(alone) / 2,) * 4, rel=1e-4)
+
+
+def test_a_descent_in_folds_ends_only_when_each_of_them_is_done(llama: EditableModel) -> None:
+    asked = requests(llama)
+    easy = loss_by_hand(llama).item() + 100.0
+    result = fine_tune(llama, asked, replace(FT, descent=replace(FEW, steps=10, folds=3, stop_loss=easy)))
+    assert result.steps == 2
+    assert result.unconverged == ()
+
+
 def test_a_baseline_is_judged_like_an_edit(llava: EditableModel, train: Train) -> None:
     asked = requests(llava)
     probes = [

@@ -1,6 +1,5 @@
 """Whole edits on tiny models: installed, refused or failed, and the model left as it was (methods.md §5).
 
-from dataclasses import replace
 An untrained model attends to nothing in particular, so what stands in the middle of a prompt cannot steer its answer:
 the constraints here end their prompts.
 """
@@ -27,6 +26,7 @@ from errata.editor.methods import EditResult, EditSettings, Keys, Method, edit
 from errata.editor.model import EditableModel
 from errata.editor.prompts import Constraint, Prompt
 from errata.editor.requests import Context, EditRequest
+from errata.editor.states import record
 from errata.editor.statistics import KeyStatistics, key_statistics
 from errata.editor.values import ValueSettings
 
@@ -267,6 +267,34 @@ def test_an_edit_on_an_empty_parent_is_an_edit_on_the_base(llama: EditableModel)
     alone = run(llama, Method.MULTEDIT, rome(llama)).delta
     child = edit(llama, [rome(llama)], settings_of(Method.MULTEDIT), parent=empty_delta(llama)).delta
     torch.testing.assert_close(child.layers[1].dense(), alone.layers[1].dense(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [Method.MEMIT, Method.ALPHAEDIT])
+def test_what_earlier_edits_installed_is_held(model: EditableModel, method: Method) -> None:
+    first = run(model, method, rome(model)).delta
+
+    def disturbed(*earlier: EditRequest) -> float:
+        """How far the second edit changes what stands at the first one's key, relative to its own size."""
+        settings, statistics = settings_of(method), statistics_of(model)
+        second = edit(model, [paris(model)], settings, statistics, parent=first, earlier=earlier).delta.layers[1]
+        with applied(model, first), torch.no_grad():
+            row, site = model.encode_at(rome(model).contexts[0], field="context")
+            key = record(model, [row], [site], key_layers=(1,), resumable=False)[0].keys[1][0].double()
+        dense = second.dense()
+        return float((dense @ key).norm() / dense.norm())
+
+    assert disturbed(rome(model)) < 0.6 * disturbed()
+
+
+def test_an_edit_is_not_held_back_by_what_it_replaces(model: EditableModel, parent: Delta) -> None:
+    def of_italy(request: EditRequest) -> EditRequest:
+        return replace(request, contexts=tuple(replace(c, subject="Italy") for c in request.contexts))
+
+    new, old = of_italy(rome(model, target="Paris")), of_italy(rome(model))
+    settings, statistics = settings_of(Method.MEMIT), statistics_of(model)
+    free = edit(model, [new], settings, statistics, parent=parent)
+    held = edit(model, [new], settings, statistics, parent=parent, earlier=[old])
+    assert held.delta.sha256 == free.delta.sha256
 
 
 def test_a_parent_of_another_base_is_refused(llama: EditableModel) -> None:

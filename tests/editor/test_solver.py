@@ -127,6 +127,34 @@ def test_alphaedit_never_changes_what_preserved_keys_put_out(d: int, m: int, n: 
     assert float((found.dense() @ k).norm()) > 0
 
 
+@given(shape=SHAPES, ridge=st.sampled_from([0.01, 1.0, 30.0]), p=st.integers(1, 6))
+def test_alphaedit_with_earlier_edits_is_its_published_formula(
+    shape: tuple[int, int, int, int], ridge: float, p: int
+) -> None:
+    """Fang et al. 2025, eq. 14, with λ for 1: ΔW = R KᵀP (K₁K₁ᵀP + KKᵀP + λI)⁻¹."""
+    k, r, c, random = problem(shape)
+    earlier = torch.randn(len(k), p, generator=random, dtype=torch.float64)
+    projector = NullSpace(c, energy=0.5).times(torch.eye(len(k), dtype=torch.float64))
+    dense = (earlier @ earlier.T + k @ k.T) @ projector + ridge * torch.eye(len(k), dtype=torch.float64)
+    close(
+        solve_edit(k, r, NullSpace(c, energy=0.5, earlier=earlier, ridge=ridge), ridge),
+        r @ k.T @ projector @ torch.linalg.inv(dense),
+    )
+
+
+@given(shape=SHAPES, weight=st.sampled_from([0.5, 1.0, 100.0]), p=st.integers(1, 6))
+def test_memit_holds_earlier_edits_as_firmly_as_it_seeks_new_ones(
+    shape: tuple[int, int, int, int], weight: float, p: int
+) -> None:
+    """W* = argmin ‖ΔW K − R‖² + ‖ΔW K₁‖² + w tr(ΔW C₀ ΔWᵀ)."""
+    k, r, c, random = problem(shape)
+    earlier = torch.randn(len(k), p, generator=random, dtype=torch.float64)
+    close(
+        solve_edit(k, r, InverseCovariance(c, weight=weight, jitter=0.0, earlier=earlier), 1.0),
+        r @ k.T @ torch.linalg.inv(weight * c + earlier @ earlier.T + k @ k.T),
+    )
+
+
 @given(shape=SHAPES, energy=st.sampled_from([0.0, 0.01, 0.1, 0.5, 1.0]))
 def test_the_null_space_is_a_projector_that_holds_at_most_its_energy(
     shape: tuple[int, int, int, int], energy: float

@@ -94,14 +94,17 @@ def edit(
     statistics: KeyStatistics | None = None,
     *,
     parent: Delta | None = None,
+    earlier: Sequence[EditRequest] = (),
     progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> EditResult:
     """Edits a batch of requests into a delta on `parent`, the base where None. The model is left as it was.
 
-    Every method but MultEdit needs `statistics` of the layers. Raises InvalidInputError and its kinds for requests
-    that cannot be edited, NoOpEditError for one whose target is the present answer, ConflictingRequestsError for
-    two with one key and different targets, IllConditionedError, CancelledError.
+    `earlier` are requests that the parent holds already: MEMIT and AlphaEdit keep what stands at their keys as firmly
+    as they install the new values. Those of a subject that is edited again are left out; leave out others that the
+    new requests replace. Every method but MultEdit needs `statistics` of the layers. Raises InvalidInputError and its
+    kinds for requests that cannot be edited, NoOpEditError for one whose target is the present answer,
+    ConflictingRequestsError for two with one key and different targets, IllConditionedError, CancelledError.
     """
     check_batch(tuple(requests))
     _check_settings(model, settings, statistics)
@@ -124,7 +127,8 @@ def edit(
             for request, value in zip(requests, values, strict=True):
                 delta = delta + _spread(model, [request], [value], settings, statistics, delta)
         else:
-            delta = _spread(model, requests, values, settings, statistics, delta, found)
+            kept = [r for r in earlier if not _subjects([r]) & _subjects(requests)]
+            delta = _spread(model, requests, values, settings, statistics, delta, kept, found)
     outcomes = tuple(
         RequestOutcome(name=r.name, target=r.target, before=b, value=v)
         for r, b, v in zip(requests, before, values, strict=True)
@@ -160,25 +164,27 @@ def _spread(
     values: Sequence[Value],
     settings: EditSettings,
     statistics: KeyStatistics | None,
-    earlier: Delta,
+    below: Delta,
+    earlier: Sequence[EditRequest] = (),
     before: Sequence[Sequence[_State]] | None = None,
 ) -> Delta:
-    """ΔW of every layer for these requests, on top of `earlier`. `before`: their states there, if known.
+    """ΔW of every layer for these requests, on top of `below`. `before`: their states there, if known.
 
     Later layers see the edits below them, so keys, and what is left to install, are computed again before each
     (MEMIT §4.3).
     """
     delta = empty_delta(model)
     last = settings.layers[-1]
-    with applied(model, earlier):
+    with applied(model, below):
         before = before or _at_constraints(model, requests, last, last)
         # The residual stream after the last layer, as if its MLP had put out v*.
         wanted = [[s.output - s.mlp + v.value.double() for s in ss] for ss, v in zip(before, values, strict=True)]
     for n, layer in enumerate(settings.layers):
-        with applied(model, earlier, delta):
+        with applied(model, below, delta):
             found = before if len(settings.layers) == 1 else _at_constraints(model, requests, layer, last)
+            held = _shared(_keys(_at_constraints(model, earlier, layer, last)))
         share = 1 / (len(settings.layers) - n)
-        keys = [torch.stack([s.key for s in ss], dim=1) for ss in found]
+        keys = _keys(found)
         residuals = [
             share * torch.stack([w - s.output for w, s in zip(ws, ss, strict=True)], dim=1)
             for ws, ss in zip(wanted, found, strict=True)
@@ -187,16 +193,26 @@ def _spread(
             keys = [k.mean(1, keepdim=True) for k in keys]
             residuals = [r.mean(1, keepdim=True) for r in residuals]
         else:
-            # A request's contexts share its weight: in least squares a column counts by the square of its length.
-            keys = [k / k.shape[1] ** 0.5 for k in keys]
-            residuals = [r / r.shape[1] ** 0.5 for r in residuals]
+            keys, residuals = _shared(keys), _shared(residuals)
         covariance = statistics.covariance(layer, _subjects(requests)) if statistics else None
-        low = _solve(torch.cat(keys, 1), torch.cat(residuals, 1), settings, covariance)
+        low = _solve(
+            torch.cat(keys, 1), torch.cat(residuals, 1), settings, covariance, torch.cat(held, 1) if held else None
+        )
         one = Delta(
             base_sha256=model.base_sha256, layers={layer: low}, modules={layer: model.down_projection_name(layer)}
         )
         delta = delta + one
     return delta.compressed()
+
+
+def _keys(states: Sequence[Sequence[_State]]) -> list[Float[Tensor, "m n"]]:
+    """Each request's keys, a column a context."""
+    return [torch.stack([s.key for s in ss], dim=1) for ss in states]
+
+
+def _shared(columns: Sequence[Float[Tensor, "k n"]]) -> list[Float[Tensor, "k n"]]:
+    """A request's contexts share its weight: in least squares a column counts by the square of its length."""
+    return [c / c.shape[1] ** 0.5 for c in columns]
 
 
 def _at_constraints(
@@ -225,25 +241,31 @@ def _solve(
     residuals: Float[Tensor, "d n"],
     settings: EditSettings,
     covariance: Float[Tensor, "m m"] | None,
+    held: Float[Tensor, "m p"] | None,
 ) -> LowRank:
-    metric, absolute = _metric(settings, covariance)
-    keys, residuals = keys.cpu(), residuals.cpu()  # where the statistics are, in float64
-    scale = float((keys * metric.times(keys)).sum(0).mean())
-    relative = RIDGES[settings.method] if settings.ridge is None else settings.ridge
-    return solve_edit(keys, residuals, metric, absolute + relative * scale)
+    # In float64, where the statistics are.
+    keys, residuals, held = keys.cpu(), residuals.cpu(), None if held is None else held.cpu()
+    ridge = RIDGES[settings.method] if settings.ridge is None else settings.ridge
+    metric = _metric(settings, covariance, None, 0.0)
+    ridge *= float((keys * metric.times(keys)).sum(0).mean())
+    if held is not None:
+        metric = _metric(settings, covariance, held, ridge)
+    return solve_edit(keys, residuals, metric, ridge + (1.0 if settings.method is Method.MEMIT else 0.0))
 
 
-def _metric(settings: EditSettings, covariance: Float[Tensor, "m m"] | None) -> tuple[KeyMetric, float]:
-    """The method's key metric and the part of its ridge that is absolute."""
+def _metric(
+    settings: EditSettings, covariance: Float[Tensor, "m m"] | None, held: Float[Tensor, "m p"] | None, ridge: float
+) -> KeyMetric:
+    """The method's key metric; `ridge` is λ in the units of KᵀMK."""
     if settings.method is Method.MULTEDIT or covariance is None:
-        return Identity(), 0.0
+        return Identity()
     match settings.method:
         case Method.MEMIT:
-            return InverseCovariance(covariance, weight=settings.preservation), 1.0
+            return InverseCovariance(covariance, weight=settings.preservation, earlier=held)
         case Method.ALPHAEDIT:
-            return NullSpace(covariance, energy=settings.null_energy), 0.0
+            return NullSpace(covariance, energy=settings.null_energy, earlier=held, ridge=ridge)
         case _:
-            return InverseCovariance(covariance), 0.0
+            return InverseCovariance(covariance)
 
 
 def _refuse_conflicts(requests: Sequence[EditRequest], found: Sequence[Sequence[_State]], layer: int) -> None:

@@ -44,7 +44,8 @@ class Identity(KeyMetric):
 
 @dataclass(frozen=True, slots=True)
 class InverseCovariance(KeyMetric):
-    """M = (weight · C₀)⁻¹ with C₀ = E[kkᵀ] over reference prompts.
+    """M = (weight · C₀ + K₁K₁ᵀ)⁻¹ with C₀ = E[kkᵀ] over reference prompts and K₁ the keys `earlier`, if any, of edits
+    made before: what they installed is to stay.
 
     `jitter`, relative to C₀'s mean eigenvalue, keeps directions that the reference never uses from costing nothing.
     """
@@ -52,10 +53,13 @@ class InverseCovariance(KeyMetric):
     covariance: Float[Tensor, "m m"]
     weight: float = 1.0
     jitter: float = 1e-4
+    earlier: Float[Tensor, "m p"] | None = None
 
     def times(self, keys: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
         c = self.covariance.double()
         mean = c.diagonal().mean()
+        if self.earlier is not None:
+            c = c + self.earlier.double() @ self.earlier.double().T / self.weight
         factor, info = torch.linalg.cholesky_ex(c + self.jitter * mean * torch.eye(len(c), dtype=c.dtype))
         if info.item() or not mean > 0:
             raise IllConditionedError(
@@ -69,17 +73,26 @@ class InverseCovariance(KeyMetric):
 class NullSpace(KeyMetric):
     """M = P, the projector on what the keys to preserve hardly use: C₀'s eigenvectors of least energy.
 
-    Directions are given up, largest first, until those left hold at most `energy` of C₀'s trace.
+    Directions are given up, largest first, until those left hold at most `energy` of C₀'s trace. What stands at the
+    keys `earlier`, of edits made before, is held as firmly as the new residuals are sought, against the ridge λ > 0
+    that is solved with (Fang et al. 2025, eq. 14): M = P − PK₁(λI + K₁ᵀPK₁)⁻¹K₁ᵀP.
     """
 
     covariance: Float[Tensor, "m m"]
     energy: float = 0.02
+    earlier: Float[Tensor, "m p"] | None = None
+    ridge: float = 0.0
 
     def times(self, keys: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
         values, vectors = torch.linalg.eigh(self.covariance.double())
         share = values.clamp(min=0).cumsum(0) / values.clamp(min=0).sum()
         free: Tensor = vectors[:, share <= self.energy]
-        return free @ (free.T @ keys.double())
+        within = free.T @ keys.double()
+        if self.earlier is not None:
+            held = free.T @ self.earlier.double()
+            normal = held.T @ held + self.ridge * torch.eye(held.shape[1], dtype=held.dtype)
+            within = within - held @ torch.linalg.solve(normal, held.T @ within)
+        return free @ within
 
 
 def solve_edit(keys: Float[Tensor, "m n"], residuals: Float[Tensor, "d n"], metric: KeyMetric, ridge: float) -> LowRank:
