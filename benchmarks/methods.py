@@ -101,14 +101,15 @@ def editors(layers: tuple[int, ...], statistics: KeyStatistics) -> dict[str, Edi
         )
         for m in sorted(Method, key=lambda m: m is not EditSettings(layers=layers).method)
     }
-    # Quarter batches; rates chosen on seed 100 among 5e-4, 1e-3, 2e-3, 4e-3 (FT) and 2e-3, 5e-3, 1e-2 (LoRA).
-    free = DescentSettings(steps=120, folds=4, learning_rate=2e-3)
+    # Rates and the weight of what is preserved as chosen on seed 100: 2e-3, 4e-3 and 8e-3 for FT with 1, 6e-3 with 3;
+    # 5e-3 and 1.5e-2 for LoRA with 1.
+    free = DescentSettings(steps=120, folds=4, learning_rate=8e-3)
     kept = replace(free, preserve_weight=1.0)
     found["ft"] = tuned(FineTuneSettings(layers=layers, descent=free))
     found["ft + preserve"] = tuned(FineTuneSettings(layers=layers, descent=kept))
     found["ft-l"] = tuned(FineTuneSettings(layers=layers, bound=0.5, descent=free))
-    found["lora"] = lora(LoraSettings(layers=layers, descent=replace(free, learning_rate=5e-3)))
-    found["lora + preserve"] = lora(LoraSettings(layers=layers, descent=replace(kept, learning_rate=5e-3)))
+    found["lora"] = lora(LoraSettings(layers=layers, descent=replace(free, learning_rate=1.5e-2)))
+    found["lora + preserve"] = lora(LoraSettings(layers=layers, descent=replace(kept, learning_rate=1.5e-2)))
     return found
 
 

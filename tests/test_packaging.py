@@ -121,7 +121,7 @@ def test_a_client_needs_only_grpcio_and_protobuf(metadata: Message) -> None:
     base = {requirement.name for requirement in requirements if requirement.marker is None}
     cli = {r.name for r in requirements if r.marker is not None and r.marker.evaluate({"extra": "cli"})}
     assert base == {"grpcio", "protobuf"}
-    assert cli == {"rich", "typer"}
+    assert cli == {"pydantic", "pyyaml", "rich", "typer"}
 
 
 def test_the_wheel_and_the_installation_have_the_version_of_pyproject(metadata: Message) -> None:

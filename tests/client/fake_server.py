@@ -6,6 +6,7 @@ Work advances one step whenever somebody looks at it, so nothing here depends on
 
 # ruff: noqa: N802  (methods are named as the protos name them)
 
+import hashlib
 import re
 import threading
 from collections import defaultdict
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import grpc
+from fake_history import FakeHistory
 from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2  # type: ignore[import-untyped]
@@ -27,6 +29,9 @@ from errata.v1 import (
     edit_pb2_grpc,
     evaluation_pb2,
     evaluation_pb2_grpc,
+    export_pb2,
+    export_pb2_grpc,
+    history_pb2_grpc,
     inference_pb2,
     inference_pb2_grpc,
     model_pb2,
@@ -37,6 +42,8 @@ from errata.v1 import (
 
 CAPITAL = "What is the capital of Kazakhstan?"
 IMAGE_TOKENS = 16
+EXPORTED = {"README.md": [b""], "errata.json": [b"{}"], "weights.safetensors": [b"\0\1", b"\2"]}
+"""An export's files, in pieces."""
 _ENDED = (
     common_pb2.STATE_SUCCEEDED,
     common_pb2.STATE_FAILED,
@@ -106,6 +113,8 @@ class Fake(
     edit_pb2_grpc.EditServiceServicer,
     evaluation_pb2_grpc.EvaluationServiceServicer,
     inference_pb2_grpc.InferenceServiceServicer,
+    export_pb2_grpc.ExportServiceServicer,
+    FakeHistory,
 ):
     """Two models, one of which knows an old capital."""
 
@@ -125,6 +134,8 @@ class Fake(
     answers: dict[str, dict[str, str]] = field(default_factory=dict)
     aliases: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     entries: list[model_pb2.AuditEntry] = field(default_factory=list)
+    exported: dict[str, list[bytes]] = field(default_factory=lambda: dict(EXPORTED))
+    ending: Callable[[Any], list[Any]] = field(default=lambda summary: [summary])
 
     def __post_init__(self) -> None:
         self.gate.set()
@@ -265,6 +276,10 @@ class Fake(
         return model_pb2.ListAuditEntriesResponse(entries=page, next_page_token=token)
 
     # Work of every kind
+
+    def made_work(self, message: Any, end: Callable[[Any], None]) -> FakeWork:
+        """One step of progress, and its end."""
+        return FakeWork(message, [_running("solve", 1, 1), end])
 
     def _create(self, request: Any, kind: str, work: FakeWork, context: grpc.ServicerContext) -> Any:
         if request.validate_only:
@@ -506,6 +521,27 @@ class Fake(
         ]
         return inference_pb2.ScoreResponse(version=version, scores=scores)
 
+    # ExportService
+
+    def ExportVersion(self, request: Any, context: grpc.ServicerContext) -> Any:
+        context.add_callback(self.stream_ended.set)
+        summary = export_pb2.ExportSummary(version=self.resolve(request.name, context))
+        if request.format == export_pb2.EXPORT_FORMAT_UNIFORM_ADAPTER:
+            summary.rank = 8
+        if request.format == export_pb2.EXPORT_FORMAT_MERGED:
+            summary.rounding.add(layer=2, max_error=0.5, relative_error=0.25)
+        patience = self.break_streams_after.pop(0) if self.break_streams_after else 1_000
+        for name, pieces in self.exported.items():
+            for piece in pieces:
+                if not patience:
+                    Fault(code=grpc.StatusCode.UNAVAILABLE, message="connection reset").abort(context)
+                patience -= 1
+                yield export_pb2.ExportVersionResponse(chunk=export_pb2.ExportChunk(file=name, data=piece))
+                self._wait_at_the_gate(context)
+            whole = b"".join(pieces)
+            summary.files.add(file=name, size=len(whole), sha256=hashlib.sha256(whole).hexdigest())
+        yield from self.ending(export_pb2.ExportVersionResponse(summary=summary))
+
 
 def _running(stage: str, done: int, total: int) -> Callable[[Any], None]:
     def step(message: Any) -> None:
@@ -592,6 +628,8 @@ def serving(
         edit_pb2_grpc.add_EditServiceServicer_to_server(fake, server)
         evaluation_pb2_grpc.add_EvaluationServiceServicer_to_server(fake, server)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(fake, server)
+        export_pb2_grpc.add_ExportServiceServicer_to_server(fake, server)
+        history_pb2_grpc.add_HistoryServiceServicer_to_server(fake, server)
         port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
         server.start()
         try:

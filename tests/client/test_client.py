@@ -5,6 +5,7 @@ import math
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from inspect import signature
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,7 +32,7 @@ from errata.client import (
     VersionInUseError,
     VersionState,
 )
-from errata.v1 import edit_pb2, evaluation_pb2, inference_pb2, model_pb2, trace_pb2
+from errata.v1 import edit_pb2, evaluation_pb2, export_pb2, inference_pb2, model_pb2, trace_pb2
 
 SERVICES = [
     file.DESCRIPTOR.services_by_name[name]
@@ -41,13 +42,16 @@ SERVICES = [
         (edit_pb2, "EditService"),
         (evaluation_pb2, "EvaluationService"),
         (inference_pb2, "InferenceService"),
+        (export_pb2, "ExportService"),
     )
 ]
 QUESTION = TracedQuestion(CAPITAL, "Kazakhstan", substitute="Norway")
 PROBE = Probe(Metric.EFFICACY, CAPITAL, "Astana")
 
 
-def test_the_client_reaches_every_call_of_the_api(client: Errata, fake: Fake, astana: EditRequest) -> None:
+def test_the_client_reaches_every_call_of_the_api(
+    client: Errata, fake: Fake, astana: EditRequest, tmp_path: Path
+) -> None:
     edit = client.edit("atlas", [astana]).result()
     list(client.models()), client.model("atlas"), list(client.versions("atlas")), client.version(edit.version)
     client.lineage(edit.version), client.promote("atlas@0"), client.promote(edit.version)
@@ -65,11 +69,14 @@ def test_the_client_reaches_every_call_of_the_api(client: Errata, fake: Fake, as
         client.generate("atlas", CAPITAL),
         client.stream("atlas", CAPITAL).result(),
         client.score("atlas", CAPITAL, ["Oslo"]),
+        client.export("atlas", tmp_path / "out"),
     )
     assert set(fake.calls) == {method.name for service in SERVICES for method in service.methods}
 
 
-def test_the_asyncio_client_reaches_every_call_of_the_api(server: str, fake: Fake, astana: EditRequest) -> None:
+def test_the_asyncio_client_reaches_every_call_of_the_api(
+    server: str, fake: Fake, astana: EditRequest, tmp_path: Path
+) -> None:
     async def everything() -> None:
         async with AsyncErrata(server) as client:
             edit = await (await client.edit("atlas", [astana])).result()
@@ -89,7 +96,7 @@ def test_the_asyncio_client_reaches_every_call_of_the_api(server: str, fake: Fak
                 await _all(listed)
             await _all(client.edits("atlas")), await _all(client.evaluations("atlas"))
             await client.generate("atlas", CAPITAL), await client.score("atlas", CAPITAL, ["Oslo"])
-            await client.stream("atlas", CAPITAL).result()
+            await client.stream("atlas", CAPITAL).result(), await client.export("atlas", tmp_path / "out")
 
     asyncio.run(everything())
     assert set(fake.calls) == {method.name for service in SERVICES for method in service.methods}

@@ -155,7 +155,7 @@ def published(running: ServerProcess, name: str) -> model_pb2.Version:
 
 @pytest.mark.skipif(CHROMIUM is None, reason="MLflow's pages are looked at in Chromium: there is no `chromium` on PATH")
 def test_mlflows_pages_show_the_versions_the_heatmap_and_before_and_after(
-    running: ServerProcess, versions: tuple[str, ...], pages: MlflowProcess, tmp_path: Path
+    running: ServerProcess, versions: tuple[str, ...], pages: MlflowProcess, output: Path
 ) -> None:
     from mlflow import MlflowClient
     from playwright.sync_api import expect, sync_playwright
@@ -166,19 +166,19 @@ def test_mlflows_pages_show_the_versions_the_heatmap_and_before_and_after(
     run = f"{pages.url}/#/experiments/{experiment}/runs/{made[0].mlflow_run_id}"
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        page = browser.new_page(viewport={"width": 1400, "height": 1000})
+        page = browser.new_page(viewport={"width": 1600, "height": 1500})
         page.set_default_timeout(60_000)
         expect.set_options(timeout=60_000)
         page.goto(f"{pages.url}/#/models/atlas")
         for version in made:
             expect(page.get_by_text(f"Version {version.mlflow_version}", exact=True).first).to_be_visible()
-        page.screenshot(path=tmp_path / "versions.png")
+        page.screenshot(path=output / "versions.png")
         page.goto(f"{run}/artifacts")
         page.get_by_text("causal_trace.png", exact=True).first.click()
         expect(page.get_by_role("img", name="causal_trace.png")).to_be_visible()
-        page.screenshot(path=tmp_path / "heatmap.png")
+        page.screenshot(path=output / "heatmap.png")
         page.get_by_text("before_after.html", exact=True).first.click()
         frame = page.frame_locator("iframe")
         expect(frame.get_by_text(made[0].facts[0].partition(" → ")[2]).first).to_be_visible()
-        page.screenshot(path=tmp_path / "before_after.png")
+        page.screenshot(path=output / "before_after.png")
         browser.close()

@@ -22,7 +22,7 @@ from errata.editor.errors import (
     NoOpEditError,
     WrongBaseError,
 )
-from errata.editor.methods import EditResult, EditSettings, Keys, Method, edit
+from errata.editor.methods import EditResult, EditSettings, Keys, Method, Stage, edit
 from errata.editor.model import EditableModel
 from errata.editor.prompts import Constraint, Prompt
 from errata.editor.requests import Context, EditRequest
@@ -319,7 +319,21 @@ def test_a_narrow_model_is_edited_too() -> None:
 
 
 def test_progress_is_told(llama: EditableModel) -> None:
-    steps: list[tuple[int, int]] = []
-    edit(llama, [rome(llama)], settings_of(Method.MULTEDIT), progress=lambda *s: steps.append(s))
-    assert steps[0] == (0, 60)
-    assert [s[0] for s in steps] == sorted(s[0] for s in steps)
+    told: list[tuple[Stage, int, int]] = []
+    edit(llama, [rome(llama)], settings_of(Method.MULTEDIT), progress=lambda *t: told.append(t))
+    values = [done for stage, done, total in told if (stage, total) == (Stage.VALUES, 60)]
+    solved = [done for stage, done, total in told if (stage, total) == (Stage.SOLVE, 1)]
+    assert values[0] == 0
+    assert values == sorted(values)
+    assert solved == [0, 1]
+    assert told == sorted(told, key=lambda t: t[0] is Stage.SOLVE)
+
+
+@pytest.mark.parametrize(("method", "solves"), [(Method.MEMIT, 2), (Method.ROME, 4)])
+def test_each_layer_that_is_solved_is_a_step_and_rome_solves_each_request(
+    llama: EditableModel, method: Method, solves: int
+) -> None:
+    told: list[tuple[Stage, int, int]] = []
+    two = [rome(llama), paris(llama)]
+    edit(llama, two, settings_of(method, layers=(0, 1)), statistics_of(llama), progress=lambda *t: told.append(t))
+    assert [t[1:] for t in told if t[0] is Stage.SOLVE] == [(n, solves) for n in range(solves + 1)]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,6 +44,7 @@ from errata.server.conversion import (
     causal_trace_result,
     edit_message,
     edit_outcome,
+    ended_summary,
     evaluation_message,
     evaluation_outcome,
     job_message,
@@ -389,6 +391,52 @@ def test_other_images_are_as_many_as_the_prompt_has() -> None:
         DECODER.trace(trace_call(questions=[two]))
 
 
+@pytest.fixture
+def files(tmp_path: Path) -> Decoder:
+    """A decoder that reads images below `tmp_path`."""
+    (tmp_path / "flag.png").write_bytes(png())
+    return Decoder(ImagePolicy(schemes=frozenset({"file"}), folders=(tmp_path,)))
+
+
+def test_an_image_by_uri_becomes_bytes_wherever_it_stands(files: Decoder, tmp_path: Path) -> None:
+    by_uri = common_pb2.Image(uri=f"file://{tmp_path}/flag.png")
+
+    def calls(image: common_pb2.Image) -> list[Message]:
+        seen = common_pb2.Prompt(text=QUESTION, images=[image, common_pb2.Image(data=png())])
+        shown = common_pb2.Context(prompt=seen, constraint=common_pb2.Constraint(text="Estonia"))
+        asked = evaluation_pb2.Probe(metric=evaluation_pb2.METRIC_EFFICACY, prompt=seen)
+        others = trace_pb2.OtherImages(images=[image, image])
+        traced = trace_pb2.TracedQuestion(prompt=seen, constraint=shown.constraint, other_images=others)
+        edit = edit_request(contexts=[context(), shown], preserve=[shown])
+        return [
+            edit_call(requests=[edit], probes=[asked], references=[shown], request_id="0197"),
+            trace_call(questions=[question(), traced]),
+            evaluation_call(probes=[asked, probe()]),
+        ]
+
+    sent = calls(by_uri)
+    assert [files.pinned(message) for message in sent] == calls(common_pb2.Image(data=png()))
+    assert sent == calls(by_uri)
+
+
+def test_an_image_that_cannot_be_pinned_names_its_uri(files: Decoder, tmp_path: Path) -> None:
+    (tmp_path / "text.png").write_bytes(b"no picture")
+    for uri in (f"file://{tmp_path}/text.png", f"file://{tmp_path}/none.png", "file:///etc/passwd", "ftp://x/y"):
+        asked = context()
+        asked.prompt.images.add(uri=uri)
+        with pytest.raises(ImageError) as caught:
+            files.pinned(edit_call(references=[context(), asked]))
+        assert caught.value.field == "references[1].prompt.images[0].uri"
+
+
+def test_pinned_images_are_no_more_bytes_than_a_call_may_bring(files: Decoder, tmp_path: Path) -> None:
+    (tmp_path / "large.png").write_bytes(png() + bytes(9 * 2**20))
+    large = common_pb2.Prompt(text=QUESTION, images=[common_pb2.Image(uri=f"file://{tmp_path}/large.png")] * 8)
+    with pytest.raises(ImageError, match="together") as caught:
+        files.pinned(evaluation_call(probes=[evaluation_pb2.Probe(prompt=large)]))
+    assert caught.value.field == "probes[0].prompt.images[7].uri"
+
+
 def test_single_parts_are_decoded_with_the_field_they_are_given() -> None:
     with pytest.raises(TargetError) as caught:
         DECODER.edit_request(edit_request(target=""), "requests[7]")
@@ -638,6 +686,20 @@ def test_an_evaluation_is_what_was_asked_for_and_what_came_about() -> None:
     assert math.isnan(message.scores[0].forced)
     assert len(evaluation_message(row, full=False).results) == 0
     assert evaluation_message(row, full=False).scores[0].metric == evaluation_pb2.METRIC_PORTABILITY
+
+
+def test_an_evaluation_that_waits_names_its_baseline() -> None:
+    row = job(JobKind.EVALUATION, evaluation_call(baseline="models/atlas/versions/1"), JobState.PENDING)
+    assert evaluation_message(row).baseline == "models/atlas/versions/1"
+
+
+def test_an_ended_jobs_summary_is_what_was_queued_and_what_came_about_but_for_what_is_long() -> None:
+    queued = edit_pb2.Edit(parent="models/atlas/versions/2", requests=1, facts=["a → b"])
+    outcome = edit_pb2.Edit(layers=[1], rejections=["too low"], outcomes=[edit_pb2.RequestOutcome(name="a")])
+    listed = edit_pb2.Edit.FromString(ended_summary(queued.SerializeToString(), outcome, "outcomes"))
+    assert listed == edit_pb2.Edit(
+        parent="models/atlas/versions/2", requests=1, facts=["a → b"], layers=[1], rejections=["too low"]
+    )
 
 
 def test_scores_carry_their_wilson_interval_through_the_ledger() -> None:

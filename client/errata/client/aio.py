@@ -2,12 +2,17 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from os import PathLike
+from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar, Unpack
 
-from errata.client import calls
+from errata.client import calls, history
 from errata.client.channel import DEFAULT_SERVER, DEFAULT_TIMEOUT, MAX_MESSAGE_BYTES, Connection, Tls
+from errata.client.export import Export, ExportDtype, ExportFormat, FolderWriter, export_version
 from errata.client.inputs import (
+    BisectionOptions,
+    DerivationOptions,
     EditOptions,
     EditRequest,
     EvaluationOptions,
@@ -18,11 +23,14 @@ from errata.client.inputs import (
     TraceOptions,
 )
 from errata.client.names import NameLike, full_name
-from errata.client.operations import AsyncOperation
+from errata.client.operations import AsyncOperation, calls_of
 from errata.client.results import (
     Alias,
     AuditEntry,
+    Bisection,
     CausalTrace,
+    Comparison,
+    Derivation,
     Edit,
     Evaluation,
     Generation,
@@ -34,7 +42,7 @@ from errata.client.streams import AsyncTextStream
 from errata.client.transport import AsyncReplies, AsyncTransport
 
 T = TypeVar("T")
-W = TypeVar("W", CausalTrace, Edit, Evaluation)
+W = TypeVar("W", CausalTrace, Edit, Evaluation, Derivation, Bisection)
 
 
 class AsyncErrata:
@@ -175,7 +183,7 @@ class AsyncErrata:
 
     def traces(self, model: NameLike, *, timeout: float | None = None) -> AsyncIterator[CausalTrace]:
         """A model's traces, the newest first, without their effects."""
-        return self._transport.pages(calls.list_traces(model), timeout)
+        return self._transport.pages(calls.TRACES.list(model), timeout)
 
     # Edits
 
@@ -210,7 +218,7 @@ class AsyncErrata:
 
     def edits(self, model: NameLike, *, timeout: float | None = None) -> AsyncIterator[Edit]:
         """A model's edits, the newest first, without outcomes."""
-        return self._transport.pages(calls.list_edits(model), timeout)
+        return self._transport.pages(calls.EDITS.list(model), timeout)
 
     # Evaluations
 
@@ -245,11 +253,125 @@ class AsyncErrata:
 
     def evaluations(self, model: NameLike, *, timeout: float | None = None) -> AsyncIterator[Evaluation]:
         """A model's evaluations, the newest first, without results."""
-        return self._transport.pages(calls.list_evaluations(model), timeout)
+        return self._transport.pages(calls.EVALUATIONS.list(model), timeout)
+
+    # History
+
+    async def revert(
+        self,
+        parent: NameLike,
+        version: NameLike,
+        *,
+        timeout: float | None = None,
+        **options: Unpack[DerivationOptions],
+    ) -> AsyncOperation[Derivation]:
+        """Takes one version's delta away, wherever in the parent's lineage it is. Options: `DerivationOptions`."""
+        derivation = await self._run_built(lambda: history.revert(parent, version, **options), timeout)
+        return self.operation(derivation)
+
+    async def compose(
+        self,
+        parent: NameLike,
+        versions: Sequence[NameLike],
+        *,
+        timeout: float | None = None,
+        **options: Unpack[DerivationOptions],
+    ) -> AsyncOperation[Derivation]:
+        """Adds other versions' own deltas to the parent: cherry-picks. Options: `DerivationOptions`.
+
+        `result` raises EditsConflictError where edits speak against each other, unless `allow_conflicts`; the
+        operation's `latest.conflicts` name them.
+        """
+        derivation = await self._run_built(lambda: history.compose(parent, versions, **options), timeout)
+        return self.operation(derivation)
+
+    async def rebase(
+        self,
+        parent: NameLike,
+        version: NameLike,
+        *,
+        timeout: float | None = None,
+        **options: Unpack[DerivationOptions],
+    ) -> AsyncOperation[Derivation]:
+        """Moves a version of another model onto a base that has some of its deltas merged in."""
+        derivation = await self._run_built(lambda: history.rebase(parent, version, **options), timeout)
+        return self.operation(derivation)
+
+    async def squash(
+        self,
+        parent: NameLike,
+        version: NameLike,
+        *,
+        resolve: bool = False,
+        timeout: float | None = None,
+        **options: Unpack[DerivationOptions],
+    ) -> AsyncOperation[Derivation]:
+        """Joins all deltas between the parent and a version into one.
+
+        `resolve`: solve all their requests again as one batch, rather than add the deltas up.
+        """
+        derivation = await self._run_built(lambda: history.squash(parent, version, resolve=resolve, **options), timeout)
+        return self.operation(derivation)
+
+    async def import_adapter(
+        self,
+        parent: NameLike,
+        folder: str | Path,
+        *,
+        facts: Sequence[str] = (),
+        base_sha256: str = "",
+        timeout: float | None = None,
+        **options: Unpack[DerivationOptions],
+    ) -> AsyncOperation[Derivation]:
+        """Makes a version of a PEFT adapter folder; `facts` say what it changes.
+
+        One that Errata exported names its base itself; `base_sha256` names that of one that was trained elsewhere.
+        """
+        derivation = await self._run_built(
+            lambda: history.import_adapter(parent, folder, facts=facts, base_sha256=base_sha256, **options), timeout
+        )
+        return self.operation(derivation)
+
+    async def get_derivation(self, derivation: NameLike, *, timeout: float | None = None) -> Derivation:
+        """One derivation."""
+        return await self._transport.run(history.DERIVATIONS.get(full_name(derivation)), timeout)
+
+    def derivations(self, model: NameLike, *, timeout: float | None = None) -> AsyncIterator[Derivation]:
+        """A model's derivations, the newest first, without conflicts, later edits and reverted probes."""
+        return self._transport.pages(history.DERIVATIONS.list(model), timeout)
+
+    async def compare(
+        self, first: NameLike, second: NameLike, probes: Sequence[Probe] = (), *, timeout: float | None = None
+    ) -> Comparison:
+        """What two versions of a model differ in: facts, layers, and the answers to `probes`.
+
+        Without probes, the first questions of all edits that only one of them has are asked.
+        """
+        return await self._run_built(lambda: history.compare(first, second, probes), timeout)
+
+    async def bisect(
+        self,
+        bad: NameLike,
+        probes: Sequence[Probe],
+        *,
+        timeout: float | None = None,
+        **options: Unpack[BisectionOptions],
+    ) -> AsyncOperation[Bisection]:
+        """Finds the earliest version in the lineage of `bad` that fails a probe. Options: `BisectionOptions`."""
+        bisection = await self._run_built(lambda: history.bisect(bad, probes, **options), timeout)
+        return self.operation(bisection)
+
+    async def get_bisection(self, bisection: NameLike, *, timeout: float | None = None) -> Bisection:
+        """One search, with its steps so far."""
+        return await self._transport.run(history.BISECTIONS.get(full_name(bisection)), timeout)
+
+    def bisections(self, model: NameLike, *, timeout: float | None = None) -> AsyncIterator[Bisection]:
+        """A model's searches, the newest first, without steps."""
+        return self._transport.pages(history.BISECTIONS.list(model), timeout)
 
     def operation(self, work: W) -> AsyncOperation[W]:
         """Follows a piece of work that was begun elsewhere."""
-        return AsyncOperation(self._transport, calls.calls_of(work), work)
+        return AsyncOperation(self._transport, calls_of(work), work)
 
     # Inference
 
@@ -289,6 +411,36 @@ class AsyncErrata:
     ) -> Scores:
         """How likely each of several answers is."""
         return await self._run_built(lambda: calls.score(version, prompt, candidates), timeout)
+
+    # Export
+
+    async def export(
+        self,
+        version: NameLike,
+        folder: str | PathLike[str],
+        *,
+        format: ExportFormat | str = ExportFormat.ADAPTER,
+        dtype: ExportDtype | str | None = None,
+        license: str = "",
+        overwrite: bool = False,
+        timeout: float | None = None,
+    ) -> Export:
+        """Writes a version as a folder that other software loads, and returns what it holds.
+
+        `format`: "adapter" is a PEFT adapter, "uniform" the same at one rank for vLLM and SGLang, "merged" the whole
+        checkpoint, in `dtype` ("float32", "bfloat16", "float16"; by default the base's own). `license` is an SPDX
+        identifier for the model card. The folder appears whole or not at all, within `timeout` seconds in all; give a
+        large checkpoint its time. `overwrite` replaces an earlier export.
+        """
+        call = export_version(version, format=format, dtype=dtype, license=license)
+        with FolderWriter(folder, overwrite=overwrite) as writer:
+            replies = self._transport.stream(call, self._transport.seconds(timeout))
+            try:
+                async for part in replies:
+                    await asyncio.to_thread(writer.add, part)
+            finally:
+                replies.cancel()
+            return await asyncio.to_thread(writer.finish)
 
     async def _run_built(self, build: Callable[[], calls.Call[T]], timeout: float | None) -> T:
         return await self._transport.run(await asyncio.to_thread(build), timeout)

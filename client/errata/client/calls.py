@@ -5,7 +5,8 @@ Both clients are made of these; nothing here sends anything. Image files are rea
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar, overload
+from types import ModuleType
+from typing import Any, Generic, TypeVar
 
 from google.protobuf.message import Message
 
@@ -52,34 +53,47 @@ Pages = Callable[[str], Call[Page[T]]]
 
 @dataclass(frozen=True, slots=True)
 class WorkCalls(Generic[W]):
-    """The calls that one kind of work has, by its name."""
+    """The calls that one kind of work has, by its name; `list` by its model."""
 
     get: Callable[[str], Call[W]]
     watch: Callable[[str], Call[W]]
     cancel: Callable[[str], Call[W]]
+    list: Callable[[NameLike], Pages[W]]
 
 
-@overload
-def calls_of(work: results.CausalTrace) -> WorkCalls[results.CausalTrace]: ...
-@overload
-def calls_of(work: results.Edit) -> WorkCalls[results.Edit]: ...
-@overload
-def calls_of(work: results.Evaluation) -> WorkCalls[results.Evaluation]: ...
-def calls_of(
-    work: results.CausalTrace | results.Edit | results.Evaluation,
-) -> WorkCalls[results.CausalTrace] | WorkCalls[results.Edit] | WorkCalls[results.Evaluation]:
-    """The calls of the kind of work that this is."""
-    match work:
-        case results.CausalTrace():
-            return TRACES
-        case results.Edit():
-            return EDITS
-        case results.Evaluation():
-            return EVALUATIONS
-
-
-def _call(path: str, request: Message, parse: Callable[[bytes], R], read: Callable[[R], T]) -> Call[T]:
+def call_of(path: str, request: Message, parse: Callable[[bytes], R], read: Callable[[R], T]) -> Call[T]:
+    """The call at `path`, without the package."""
     return Call(f"/errata.v1.{path}", request, lambda raw: read(parse(raw)))
+
+
+def work_calls(service: str, kind: str, messages: ModuleType, read: Callable[[Any], W]) -> WorkCalls[W]:
+    """The calls of a kind of work, "Edit", which every kind has alike; `messages` is the module of its protos."""
+    field, plural = kind.lower(), f"{kind}s"
+
+    def named(verb: str) -> Callable[[str], Call[W]]:
+        asked, answered = (getattr(messages, f"{verb}{kind}{part}") for part in ("Request", "Response"))
+        return lambda name: call_of(
+            f"{service}/{verb}{kind}",
+            asked(name=name),
+            answered.FromString,
+            lambda said: read(getattr(said, field)),
+        )
+
+    def listed(model: NameLike) -> Pages[W]:
+        asked, answered = (getattr(messages, f"List{plural}{part}") for part in ("Request", "Response"))
+        return lambda token: call_of(
+            f"{service}/List{plural}",
+            asked(parent=full_name(model), page_token=token),
+            answered.FromString,
+            lambda said: Page(tuple(map(read, getattr(said, f"{field}s"))), said.next_page_token),
+        )
+
+    return WorkCalls(get=named("Get"), watch=named("Watch"), cancel=named("Cancel"), list=listed)
+
+
+TRACES = work_calls("TraceService", "Trace", trace_pb2, responses.trace)
+EDITS = work_calls("EditService", "Edit", edit_pb2, responses.edit)
+EVALUATIONS = work_calls("EvaluationService", "Evaluation", evaluation_pb2, responses.evaluation)
 
 
 # Models, versions, aliases
@@ -87,7 +101,7 @@ def _call(path: str, request: Message, parse: Callable[[bytes], R], read: Callab
 
 def list_models() -> Pages[results.Model]:
     """The base models."""
-    return lambda token: _call(
+    return lambda token: call_of(
         "ModelService/ListModels",
         model_pb2.ListModelsRequest(page_token=token),
         model_pb2.ListModelsResponse.FromString,
@@ -97,7 +111,7 @@ def list_models() -> Pages[results.Model]:
 
 def get_model(model: NameLike) -> Call[results.Model]:
     """One base model."""
-    return _call(
+    return call_of(
         "ModelService/GetModel",
         model_pb2.GetModelRequest(name=full_name(model)),
         model_pb2.GetModelResponse.FromString,
@@ -107,7 +121,7 @@ def get_model(model: NameLike) -> Call[results.Model]:
 
 def list_versions(model: NameLike) -> Pages[results.Version]:
     """A model's versions."""
-    return lambda token: _call(
+    return lambda token: call_of(
         "ModelService/ListVersions",
         model_pb2.ListVersionsRequest(parent=full_name(model), page_token=token),
         model_pb2.ListVersionsResponse.FromString,
@@ -117,7 +131,7 @@ def list_versions(model: NameLike) -> Pages[results.Version]:
 
 def get_version(version: NameLike) -> Call[results.Version]:
     """One version."""
-    return _call(
+    return call_of(
         "ModelService/GetVersion",
         model_pb2.GetVersionRequest(name=full_name(version)),
         model_pb2.GetVersionResponse.FromString,
@@ -127,7 +141,7 @@ def get_version(version: NameLike) -> Call[results.Version]:
 
 def get_lineage(version: NameLike) -> Call[tuple[results.Version, ...]]:
     """A version and its ancestors."""
-    return _call(
+    return call_of(
         "ModelService/GetLineage",
         model_pb2.GetLineageRequest(name=full_name(version)),
         model_pb2.GetLineageResponse.FromString,
@@ -147,7 +161,7 @@ def promote(
         override_reason=override_reason,
         validate_only=validate_only,
     )
-    return _call(
+    return call_of(
         "ModelService/Promote",
         request,
         model_pb2.PromoteResponse.FromString,
@@ -157,7 +171,7 @@ def promote(
 
 def rollback(alias: NameLike, *, etag: str) -> Call[results.Alias]:
     """Points an alias back."""
-    return _call(
+    return call_of(
         "ModelService/Rollback",
         model_pb2.RollbackRequest(name=full_name(alias), etag=etag),
         model_pb2.RollbackResponse.FromString,
@@ -167,7 +181,7 @@ def rollback(alias: NameLike, *, etag: str) -> Call[results.Alias]:
 
 def delete_version(version: NameLike) -> Call[None]:
     """Removes a version."""
-    return _call(
+    return call_of(
         "ModelService/DeleteVersion",
         model_pb2.DeleteVersionRequest(name=full_name(version)),
         model_pb2.DeleteVersionResponse.FromString,
@@ -177,7 +191,7 @@ def delete_version(version: NameLike) -> Call[None]:
 
 def list_audit_entries(model: NameLike) -> Pages[results.AuditEntry]:
     """A model's record."""
-    return lambda token: _call(
+    return lambda token: call_of(
         "ModelService/ListAuditEntries",
         model_pb2.ListAuditEntriesRequest(parent=full_name(model), page_token=token),
         model_pb2.ListAuditEntriesResponse.FromString,
@@ -208,44 +222,12 @@ def create_trace(
         request_id=request_id or requests.new_request_id(),
         validate_only=validate_only,
     )
-    return _call(
+    return call_of(
         "TraceService/CreateTrace",
         request,
         trace_pb2.CreateTraceResponse.FromString,
         lambda said: responses.trace(said.trace),
     )
-
-
-def list_traces(model: NameLike) -> Pages[results.CausalTrace]:
-    """A model's traces."""
-    return lambda token: _call(
-        "TraceService/ListTraces",
-        trace_pb2.ListTracesRequest(parent=full_name(model), page_token=token),
-        trace_pb2.ListTracesResponse.FromString,
-        lambda said: Page(tuple(map(responses.trace, said.traces)), said.next_page_token),
-    )
-
-
-TRACES = WorkCalls(
-    get=lambda name: _call(
-        "TraceService/GetTrace",
-        trace_pb2.GetTraceRequest(name=name),
-        trace_pb2.GetTraceResponse.FromString,
-        lambda said: responses.trace(said.trace),
-    ),
-    watch=lambda name: _call(
-        "TraceService/WatchTrace",
-        trace_pb2.WatchTraceRequest(name=name),
-        trace_pb2.WatchTraceResponse.FromString,
-        lambda said: responses.trace(said.trace),
-    ),
-    cancel=lambda name: _call(
-        "TraceService/CancelTrace",
-        trace_pb2.CancelTraceRequest(name=name),
-        trace_pb2.CancelTraceResponse.FromString,
-        lambda said: responses.trace(said.trace),
-    ),
-)
 
 
 # Edits
@@ -282,44 +264,12 @@ def create_edit(
         request_id=request_id or requests.new_request_id(),
         validate_only=validate_only,
     )
-    return _call(
+    return call_of(
         "EditService/CreateEdit",
         request,
         edit_pb2.CreateEditResponse.FromString,
         lambda said: responses.edit(said.edit),
     )
-
-
-def list_edits(model: NameLike) -> Pages[results.Edit]:
-    """A model's edits."""
-    return lambda token: _call(
-        "EditService/ListEdits",
-        edit_pb2.ListEditsRequest(parent=full_name(model), page_token=token),
-        edit_pb2.ListEditsResponse.FromString,
-        lambda said: Page(tuple(map(responses.edit, said.edits)), said.next_page_token),
-    )
-
-
-EDITS = WorkCalls(
-    get=lambda name: _call(
-        "EditService/GetEdit",
-        edit_pb2.GetEditRequest(name=name),
-        edit_pb2.GetEditResponse.FromString,
-        lambda said: responses.edit(said.edit),
-    ),
-    watch=lambda name: _call(
-        "EditService/WatchEdit",
-        edit_pb2.WatchEditRequest(name=name),
-        edit_pb2.WatchEditResponse.FromString,
-        lambda said: responses.edit(said.edit),
-    ),
-    cancel=lambda name: _call(
-        "EditService/CancelEdit",
-        edit_pb2.CancelEditRequest(name=name),
-        edit_pb2.CancelEditResponse.FromString,
-        lambda said: responses.edit(said.edit),
-    ),
-)
 
 
 # Evaluations
@@ -343,44 +293,12 @@ def create_evaluation(
         request_id=request_id or requests.new_request_id(),
         validate_only=validate_only,
     )
-    return _call(
+    return call_of(
         "EvaluationService/CreateEvaluation",
         request,
         evaluation_pb2.CreateEvaluationResponse.FromString,
         lambda said: responses.evaluation(said.evaluation),
     )
-
-
-def list_evaluations(model: NameLike) -> Pages[results.Evaluation]:
-    """A model's evaluations."""
-    return lambda token: _call(
-        "EvaluationService/ListEvaluations",
-        evaluation_pb2.ListEvaluationsRequest(parent=full_name(model), page_token=token),
-        evaluation_pb2.ListEvaluationsResponse.FromString,
-        lambda said: Page(tuple(map(responses.evaluation, said.evaluations)), said.next_page_token),
-    )
-
-
-EVALUATIONS = WorkCalls(
-    get=lambda name: _call(
-        "EvaluationService/GetEvaluation",
-        evaluation_pb2.GetEvaluationRequest(name=name),
-        evaluation_pb2.GetEvaluationResponse.FromString,
-        lambda said: responses.evaluation(said.evaluation),
-    ),
-    watch=lambda name: _call(
-        "EvaluationService/WatchEvaluation",
-        evaluation_pb2.WatchEvaluationRequest(name=name),
-        evaluation_pb2.WatchEvaluationResponse.FromString,
-        lambda said: responses.evaluation(said.evaluation),
-    ),
-    cancel=lambda name: _call(
-        "EvaluationService/CancelEvaluation",
-        evaluation_pb2.CancelEvaluationRequest(name=name),
-        evaluation_pb2.CancelEvaluationResponse.FromString,
-        lambda said: responses.evaluation(said.evaluation),
-    ),
-)
 
 
 # Inference
@@ -409,7 +327,9 @@ def generate_request(
 
 def generate(request: inference_pb2.GenerateRequest) -> Call[results.Generation]:
     """One answer."""
-    return _call("InferenceService/Generate", request, inference_pb2.GenerateResponse.FromString, responses.generation)
+    return call_of(
+        "InferenceService/Generate", request, inference_pb2.GenerateResponse.FromString, responses.generation
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -422,7 +342,7 @@ class Piece:
 
 def stream_generate(request: inference_pb2.GenerateRequest) -> Call[Piece]:
     """The same answer as it grows."""
-    return _call(
+    return call_of(
         "InferenceService/StreamGenerate",
         inference_pb2.StreamGenerateRequest(request=request),
         inference_pb2.StreamGenerateResponse.FromString,
@@ -432,7 +352,7 @@ def stream_generate(request: inference_pb2.GenerateRequest) -> Call[Piece]:
 
 def score(version: NameLike, prompt: PromptLike, candidates: str | Sequence[str]) -> Call[results.Scores]:
     """How likely each of several answers is."""
-    return _call(
+    return call_of(
         "InferenceService/Score",
         inference_pb2.ScoreRequest(
             version=full_name(version), prompt=requests.prompt(prompt, "prompt"), candidates=requests.texts(candidates)

@@ -31,6 +31,7 @@ _RETRIED = {
         "WatchEvaluation",
     ),
     "InferenceService": ("Generate", "StreamGenerate", "Score"),
+    "ExportService": ("ExportVersion",),
 }
 """Calls that change nothing, carry a request_id, or are idempotent. The rest is for the caller to repeat: a Rollback
 whose answer was lost has rolled back."""

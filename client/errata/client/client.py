@@ -1,12 +1,17 @@
 """`Errata`, the client for threads. Each method names a call; requests, answers and waiting are other modules'."""
 
 from collections.abc import Iterator, Sequence
+from os import PathLike
+from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar, Unpack
 
-from errata.client import calls
+from errata.client import calls, history
 from errata.client.channel import DEFAULT_SERVER, DEFAULT_TIMEOUT, MAX_MESSAGE_BYTES, Connection, Tls
+from errata.client.export import Export, ExportDtype, ExportFormat, FolderWriter, export_version
 from errata.client.inputs import (
+    BisectionOptions,
+    DerivationOptions,
     EditOptions,
     EditRequest,
     EvaluationOptions,
@@ -17,11 +22,14 @@ from errata.client.inputs import (
     TraceOptions,
 )
 from errata.client.names import NameLike, full_name
-from errata.client.operations import Operation
+from errata.client.operations import Operation, calls_of
 from errata.client.results import (
     Alias,
     AuditEntry,
+    Bisection,
     CausalTrace,
+    Comparison,
+    Derivation,
     Edit,
     Evaluation,
     Generation,
@@ -32,7 +40,7 @@ from errata.client.results import (
 from errata.client.streams import TextStream
 from errata.client.transport import Transport
 
-W = TypeVar("W", CausalTrace, Edit, Evaluation)
+W = TypeVar("W", CausalTrace, Edit, Evaluation, Derivation, Bisection)
 
 
 class Errata:
@@ -219,7 +227,7 @@ class Errata:
 
     def traces(self, model: NameLike, *, timeout: float | None = None) -> Iterator[CausalTrace]:
         """A model's traces, the newest first, without their effects."""
-        return self._transport.pages(calls.list_traces(model), timeout)
+        return self._transport.pages(calls.TRACES.list(model), timeout)
 
     # Edits
 
@@ -271,7 +279,7 @@ class Errata:
         >>> [edit.name == operation.name for edit in client.edits("atlas")]
         [True]
         """
-        return self._transport.pages(calls.list_edits(model), timeout)
+        return self._transport.pages(calls.EDITS.list(model), timeout)
 
     # Evaluations
 
@@ -312,7 +320,136 @@ class Errata:
 
     def evaluations(self, model: NameLike, *, timeout: float | None = None) -> Iterator[Evaluation]:
         """A model's evaluations, the newest first, without results."""
-        return self._transport.pages(calls.list_evaluations(model), timeout)
+        return self._transport.pages(calls.EVALUATIONS.list(model), timeout)
+
+    # History
+
+    def revert(
+        self,
+        parent: NameLike,
+        version: NameLike,
+        *,
+        timeout: float | None = None,
+        **options: Unpack[DerivationOptions],
+    ) -> Operation[Derivation]:
+        """Takes one version's delta away, wherever in the parent's lineage it is. Options: `DerivationOptions`.
+
+        >>> edit = client.edit("atlas", [astana]).result()
+        >>> client.revert(edit.version, edit.version).result().facts
+        ('revert Kazakhstan: capital → Astana',)
+        """
+        derivation = self._transport.run(history.revert(parent, version, **options), timeout)
+        return self.operation(derivation)
+
+    def compose(
+        self,
+        parent: NameLike,
+        versions: Sequence[NameLike],
+        *,
+        timeout: float | None = None,
+        **options: Unpack[DerivationOptions],
+    ) -> Operation[Derivation]:
+        """Adds other versions' own deltas to the parent: cherry-picks. Options: `DerivationOptions`.
+
+        `result` raises EditsConflictError where edits speak against each other, unless `allow_conflicts`; the
+        operation's `latest.conflicts` name them.
+        """
+        derivation = self._transport.run(history.compose(parent, versions, **options), timeout)
+        return self.operation(derivation)
+
+    def rebase(
+        self,
+        parent: NameLike,
+        version: NameLike,
+        *,
+        timeout: float | None = None,
+        **options: Unpack[DerivationOptions],
+    ) -> Operation[Derivation]:
+        """Moves a version of another model onto a base that has some of its deltas merged in."""
+        derivation = self._transport.run(history.rebase(parent, version, **options), timeout)
+        return self.operation(derivation)
+
+    def squash(
+        self,
+        parent: NameLike,
+        version: NameLike,
+        *,
+        resolve: bool = False,
+        timeout: float | None = None,
+        **options: Unpack[DerivationOptions],
+    ) -> Operation[Derivation]:
+        """Joins all deltas between the parent and a version into one.
+
+        `resolve`: solve all their requests again as one batch, rather than add the deltas up.
+        """
+        derivation = self._transport.run(history.squash(parent, version, resolve=resolve, **options), timeout)
+        return self.operation(derivation)
+
+    def import_adapter(
+        self,
+        parent: NameLike,
+        folder: str | Path,
+        *,
+        facts: Sequence[str] = (),
+        base_sha256: str = "",
+        timeout: float | None = None,
+        **options: Unpack[DerivationOptions],
+    ) -> Operation[Derivation]:
+        """Makes a version of a PEFT adapter folder; `facts` say what it changes.
+
+        One that Errata exported names its base itself; `base_sha256` names that of one that was trained elsewhere.
+        """
+        derivation = self._transport.run(
+            history.import_adapter(parent, folder, facts=facts, base_sha256=base_sha256, **options), timeout
+        )
+        return self.operation(derivation)
+
+    def get_derivation(self, derivation: NameLike, *, timeout: float | None = None) -> Derivation:
+        """One derivation."""
+        return self._transport.run(history.DERIVATIONS.get(full_name(derivation)), timeout)
+
+    def derivations(self, model: NameLike, *, timeout: float | None = None) -> Iterator[Derivation]:
+        """A model's derivations, the newest first, without conflicts, later edits and reverted probes."""
+        return self._transport.pages(history.DERIVATIONS.list(model), timeout)
+
+    def compare(
+        self, first: NameLike, second: NameLike, probes: Sequence[Probe] = (), *, timeout: float | None = None
+    ) -> Comparison:
+        """What two versions of a model differ in: facts, layers, and the answers to `probes`.
+
+        Without probes, the first questions of all edits that only one of them has are asked.
+
+        >>> edit = client.edit("atlas", [astana]).result()
+        >>> [(each.first, each.second) for each in client.compare("atlas@0", edit.version).answers]
+        [('Nur-Sultan', 'Astana')]
+        """
+        return self._transport.run(history.compare(first, second, probes), timeout)
+
+    def bisect(
+        self,
+        bad: NameLike,
+        probes: Sequence[Probe],
+        *,
+        timeout: float | None = None,
+        **options: Unpack[BisectionOptions],
+    ) -> Operation[Bisection]:
+        """Finds the earliest version in the lineage of `bad` that fails a probe. Options: `BisectionOptions`.
+
+        >>> edit = client.edit("atlas", [astana]).result()
+        >>> probe = Probe("unrelated", "What is the capital of Kazakhstan?")
+        >>> client.bisect(edit.version, [probe]).result().first_bad == edit.version
+        True
+        """
+        bisection = self._transport.run(history.bisect(bad, probes, **options), timeout)
+        return self.operation(bisection)
+
+    def get_bisection(self, bisection: NameLike, *, timeout: float | None = None) -> Bisection:
+        """One search, with its steps so far."""
+        return self._transport.run(history.BISECTIONS.get(full_name(bisection)), timeout)
+
+    def bisections(self, model: NameLike, *, timeout: float | None = None) -> Iterator[Bisection]:
+        """A model's searches, the newest first, without steps."""
+        return self._transport.pages(history.BISECTIONS.list(model), timeout)
 
     def operation(self, work: W) -> Operation[W]:
         """Follows a piece of work that was begun elsewhere.
@@ -321,7 +458,7 @@ class Errata:
         >>> client.operation(client.get_edit(name)).result().version
         'models/atlas/versions/1'
         """
-        return Operation(self._transport, calls.calls_of(work), work)
+        return Operation(self._transport, calls_of(work), work)
 
     # Inference
 
@@ -367,3 +504,39 @@ class Errata:
         'Nur-Sultan'
         """
         return self._transport.run(calls.score(version, prompt, candidates), timeout)
+
+    # Export
+
+    def export(
+        self,
+        version: NameLike,
+        folder: str | PathLike[str],
+        *,
+        format: ExportFormat | str = ExportFormat.ADAPTER,
+        dtype: ExportDtype | str | None = None,
+        license: str = "",
+        overwrite: bool = False,
+        timeout: float | None = None,
+    ) -> Export:
+        """Writes a version as a folder that other software loads, and returns what it holds.
+
+        `format`: "adapter" is a PEFT adapter, "uniform" the same at one rank for vLLM and SGLang, "merged" the whole
+        checkpoint, in `dtype` ("float32", "bfloat16", "float16"; by default the base's own). `license` is an SPDX
+        identifier for the model card. The folder appears whole or not at all, within `timeout` seconds in all; give a
+        large checkpoint its time. `overwrite` replaces an earlier export.
+
+        >>> from tempfile import TemporaryDirectory
+        >>> edit = client.edit("atlas", [astana]).result()
+        >>> with TemporaryDirectory() as folder:
+        ...     client.export(edit.version, f"{folder}/astana", format="uniform").rank
+        8
+        """
+        call = export_version(version, format=format, dtype=dtype, license=license)
+        with FolderWriter(folder, overwrite=overwrite) as writer:
+            replies = self._transport.stream(call, self._transport.seconds(timeout))
+            try:
+                for part in replies:
+                    writer.add(part)
+            finally:
+                replies.cancel()
+            return writer.finish()

@@ -15,6 +15,8 @@
     │   ├── DeltaError                   WrongBaseError, CorruptDeltaError
     │   ├── CorruptionFailedError, NoCausalSiteError, IllConditionedError
     │   ├── RejectedVersionError, VersionInUseError, NothingToRollBackError
+    │   ├── EditsConflictError           edits that are to be composed speak against each other
+    │   ├── NothingToBisectError         the good version fails a probe, or the bad one passes all
     │   └── LedgerError                  NotMigratedError, BaseChangedError
     ├── CancelledError               CANCELLED: stopped on request
     ├── UnauthenticatedError         UNAUTHENTICATED: no token, or one the server does not know
@@ -249,6 +251,18 @@ class NothingToRollBackError(PreconditionError):
     default_reason = "NOTHING_TO_ROLL_BACK"
 
 
+class EditsConflictError(PreconditionError):
+    """Edits that are to be composed speak against each other; the derivation's `conflicts` name both facts of each."""
+
+    default_reason = "EDITS_CONFLICT"
+
+
+class NothingToBisectError(PreconditionError):
+    """The version said to be good fails a probe, or the one said to be bad passes all."""
+
+    default_reason = "NOTHING_TO_BISECT"
+
+
 class LedgerError(PreconditionError):
     """The server's ledger cannot be used."""
 
@@ -358,6 +372,15 @@ _NARROWER: dict[type[ErrataError], tuple[str, ...]] = {
         "TOO_MANY",
         "TRACE_NOT_DONE",
         "REFERENCES_MISSING",
+        "ANOTHER_MODEL",
+        "IS_BASE",
+        "NOT_IN_LINEAGE",
+        "IN_LINEAGE",
+        "SOURCE_TWICE",
+        "ALREADY_REVERTED",
+        "NOT_MERGED_FROM",
+        "NOT_ALL_EDITS",
+        "NOTHING_TO_DERIVE",
     ),
     PageTokenError: ("PAGE_TOKEN_EXPIRED",),
     NotFoundError: (
@@ -367,6 +390,8 @@ _NARROWER: dict[type[ErrataError], tuple[str, ...]] = {
         "TRACE_NOT_FOUND",
         "EDIT_NOT_FOUND",
         "EVALUATION_NOT_FOUND",
+        "DERIVATION_NOT_FOUND",
+        "BISECTION_NOT_FOUND",
     ),
     BusyError: ("RATE_LIMITED",),
     InternalError: ("ENGINE_FAILURE", "INTERRUPTED"),

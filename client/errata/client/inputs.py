@@ -205,3 +205,31 @@ class EvaluationOptions(TypedDict, total=False):
     """Below one of these the evaluation ends REJECTED. Default: none."""
     request_id: str
     """The same one gives the same evaluation back; default: a new UUID."""
+
+
+class DerivationOptions(TypedDict, total=False):
+    """What judges a version made of versions. What is left out is the server's default."""
+
+    probes: Sequence[Probe]
+    """What judges it, besides the probes of the edits that it is made of; at most 10000."""
+    guardrails: Guardrails
+    """They replace the model's metric by metric."""
+    allow_conflicts: bool
+    """True to make the version although edits conflict; EditsConflictError otherwise."""
+    description: str
+    """For the record, shown in MLflow as markdown; at most 4000 characters."""
+    request_id: str
+    """The same one gives the same derivation back; default: a new UUID."""
+    validate_only: bool
+    """True to have it checked only: the operation's `latest` has no name, and what conflicts by the requests alone."""
+
+
+class BisectionOptions(TypedDict, total=False):
+    """How to search. What is left out is the server's default."""
+
+    good: NameLike
+    """An ancestor of the bad version that passes; default: the base."""
+    request_id: str
+    """The same one gives the same search back; default: a new UUID."""
+    validate_only: bool
+    """True to have it checked only: the operation's `latest` has no name."""

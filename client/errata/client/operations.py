@@ -1,4 +1,4 @@
-"""Work that the server does in the background: a causal trace, an edit, an evaluation.
+"""Work that the server does in the background: causal traces, edits, evaluations, derivations, bisections.
 
 An operation is a name and what was last seen of it. Everything else is the server's, so a lost client loses nothing:
 take the name, and go on from another process.
@@ -7,15 +7,43 @@ take the name, and go on from another process.
 import asyncio
 import time
 from collections.abc import AsyncIterator, Iterator
-from typing import Generic, TypeVar
+from typing import Generic, TypeVar, overload
 
-from errata.client.calls import WorkCalls
+from errata.client.calls import EDITS, EVALUATIONS, TRACES, WorkCalls
 from errata.client.errors import CancelledError, ErrataError, from_failure
-from errata.client.results import Progress, State, Work
+from errata.client.history import BISECTIONS, DERIVATIONS
+from errata.client.results import Bisection, CausalTrace, Derivation, Edit, Evaluation, Progress, State, Work
 from errata.client.transport import AsyncTransport, Transport
 from errata.client.watching import Watching
 
 W = TypeVar("W", bound=Work)
+
+
+@overload
+def calls_of(work: CausalTrace) -> WorkCalls[CausalTrace]: ...
+@overload
+def calls_of(work: Edit) -> WorkCalls[Edit]: ...
+@overload
+def calls_of(work: Evaluation) -> WorkCalls[Evaluation]: ...
+@overload
+def calls_of(work: Derivation) -> WorkCalls[Derivation]: ...
+@overload
+def calls_of(work: Bisection) -> WorkCalls[Bisection]: ...
+def calls_of(
+    work: CausalTrace | Edit | Evaluation | Derivation | Bisection,
+) -> WorkCalls[CausalTrace] | WorkCalls[Edit] | WorkCalls[Evaluation] | WorkCalls[Derivation] | WorkCalls[Bisection]:
+    """The calls of the kind of work that this is."""
+    match work:
+        case CausalTrace():
+            return TRACES
+        case Edit():
+            return EDITS
+        case Evaluation():
+            return EVALUATIONS
+        case Derivation():
+            return DERIVATIONS
+        case Bisection():
+            return BISECTIONS
 
 
 class _Seen(Generic[W]):

@@ -12,7 +12,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from errata.client import results
 from errata.client.inputs import Component, Method, Metric
-from errata.v1 import common_pb2, edit_pb2, evaluation_pb2, inference_pb2, model_pb2, trace_pb2
+from errata.v1 import common_pb2, edit_pb2, evaluation_pb2, history_pb2, inference_pb2, model_pb2, trace_pb2
 
 E = TypeVar("E", bound=StrEnum)
 
@@ -58,6 +58,7 @@ def version(said: model_pb2.Version) -> results.Version:
         create_time=_time(said, "create_time"),
         facts=tuple(said.facts),
         rejections=tuple(said.rejections),
+        derivation=said.derivation,
     )
 
 
@@ -112,6 +113,69 @@ def evaluation(said: evaluation_pb2.Evaluation) -> results.Evaluation:
         drift=said.drift,
         results=tuple(map(_probe_result, said.results)),
         rejections=tuple(said.rejections),
+    )
+
+
+def derivation(said: history_pb2.Derivation) -> results.Derivation:
+    """A version made of versions."""
+    return results.Derivation(
+        name=said.name,
+        parent=said.parent,
+        kind=_member(results.DerivationKind, history_pb2.DerivationKind.DESCRIPTOR, said.kind),
+        job=_job(said.job),
+        version=said.version,
+        sources=tuple(said.sources),
+        facts=tuple(said.facts),
+        layers=tuple(said.layers),
+        conflicts=tuple(map(_conflict, said.conflicts)),
+        later=tuple(
+            results.LaterEdit(version=each.version, facts=tuple(each.facts), scores=tuple(map(_score, each.scores)))
+            for each in said.later
+        ),
+        equality=_equality(said.equality) if said.HasField("equality") else None,
+        scores=tuple(map(_score, said.scores)),
+        rejections=tuple(said.rejections),
+        reverted=tuple(map(_probe_result, said.reverted)),
+    )
+
+
+def comparison(said: history_pb2.CompareVersionsResponse) -> results.Comparison:
+    """What two versions differ in."""
+    return results.Comparison(
+        first=said.first,
+        second=said.second,
+        only_first=tuple(map(_version_fact, said.only_first)),
+        only_second=tuple(map(_version_fact, said.only_second)),
+        layers=tuple(
+            results.LayerDifference(layer=each.layer, relative_norm=each.relative_norm, rank=each.rank)
+            for each in said.layers
+        ),
+        answers=tuple(
+            results.AnswerPair(
+                question=each.question,
+                expected=each.expected,
+                first=each.first,
+                second=each.second,
+                request=each.request,
+            )
+            for each in said.answers
+        ),
+    )
+
+
+def bisection(said: history_pb2.Bisection) -> results.Bisection:
+    """A search for the version that broke a probe."""
+    return results.Bisection(
+        name=said.name,
+        good=said.good,
+        bad=said.bad,
+        job=_job(said.job),
+        first_bad=said.first_bad,
+        facts=tuple(said.facts),
+        steps=tuple(
+            results.BisectionStep(version=each.version, good=each.good, failed=tuple(map(_probe_result, each.failed)))
+            for each in said.steps
+        ),
     )
 
 
@@ -175,6 +239,31 @@ def _probe_result(said: evaluation_pb2.ProbeResult) -> results.ProbeResult:
         after=said.after,
         passed=said.passed,
         request=said.request,
+    )
+
+
+def _conflict(said: history_pb2.Conflict) -> results.Conflict:
+    return results.Conflict(
+        first=_version_fact(said.first),
+        second=_version_fact(said.second),
+        key_overlap=said.key_overlap,
+        question=said.question,
+        expected=said.expected,
+        answer=said.answer,
+    )
+
+
+def _version_fact(said: history_pb2.VersionFact) -> results.VersionFact:
+    return results.VersionFact(version=said.version, fact=said.fact)
+
+
+def _equality(said: history_pb2.Equality) -> results.Equality:
+    return results.Equality(
+        max_logit_difference=said.max_logit_difference,
+        n=said.n,
+        same_answers=said.same_answers,
+        rank_before=said.rank_before,
+        rank_after=said.rank_after,
     )
 
 

@@ -50,6 +50,18 @@ class PublishState(StrEnum):
     """One that this release does not know."""
 
 
+class DerivationKind(StrEnum):
+    """Which operation a derivation is."""
+
+    REVERT = "revert"
+    COMPOSE = "compose"
+    REBASE = "rebase"
+    SQUASH = "squash"
+    IMPORT = "import"
+    UNKNOWN = "unknown"
+    """One that this release does not know."""
+
+
 class FinishReason(StrEnum):
     """Why an answer ended: by itself, at `max_new_tokens`, or at one of the `stop` strings."""
 
@@ -109,7 +121,10 @@ class MetricScore:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Version:
-    """A base model with an ordered list of deltas. `parent` and `edit` are empty for the base."""
+    """A base model with an ordered list of deltas.
+
+    The one of `edit` and `derivation` that made it is set; both, and `parent`, are empty for the base.
+    """
 
     name: str
     parent: str
@@ -128,6 +143,7 @@ class Version:
     create_time: datetime | None
     facts: tuple[str, ...]
     rejections: tuple[str, ...]
+    derivation: str
 
     @property
     def number(self) -> int:
@@ -183,7 +199,7 @@ class Job:
 
 
 class Work(Protocol):
-    """A piece of work: a causal trace, an edit, an evaluation."""
+    """A piece of work: a causal trace, an edit, an evaluation, a derivation, a bisection."""
 
     @property
     def name(self) -> str:
@@ -322,6 +338,134 @@ class Evaluation:
     drift: float
     results: tuple[ProbeResult, ...] = field(repr=False)
     rejections: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VersionFact:
+    """One edit's fact, and the version whose edit it is. `fact` is empty where the whole version is meant."""
+
+    version: str
+    fact: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conflict:
+    """Two edits that speak against each other: `first` suffers from `second`.
+
+    `key_overlap` is the largest cosine between the directions that both deltas read. `question` is one that the first
+    edit's own version answers with `expected` and the composition with `answer`; it is empty where the requests alone
+    contradict each other: then `answer` is what the second edit installs.
+    """
+
+    first: VersionFact
+    second: VersionFact
+    key_overlap: float
+    question: str
+    expected: str
+    answer: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaterEdit:
+    """An edit that was computed on top of a reverted one. `scores` are of its own probes, before and after."""
+
+    version: str
+    facts: tuple[str, ...]
+    scores: tuple[MetricScore, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Equality:
+    """How nearly a squashed version equals the chain that it joins, over `n` probes; ranks are sums over layers."""
+
+    max_logit_difference: float
+    n: int
+    same_answers: int
+    rank_before: int
+    rank_after: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Derivation:
+    """A version made of versions. What is not known yet is empty or None.
+
+    Lists leave conflicts, later edits and reverted probes out. `reverted` are the probes of the edit that a revert
+    took away, beside what the version before that edit answers; they count for no score.
+    """
+
+    name: str
+    parent: str
+    kind: DerivationKind
+    job: Job
+    version: str
+    sources: tuple[str, ...]
+    facts: tuple[str, ...]
+    layers: tuple[int, ...]
+    conflicts: tuple[Conflict, ...]
+    later: tuple[LaterEdit, ...]
+    equality: Equality | None
+    scores: tuple[MetricScore, ...] = field(repr=False)
+    rejections: tuple[str, ...]
+    reverted: tuple[ProbeResult, ...] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerDifference:
+    """How far one layer's weight differs: ‖ΔW‖ of the difference relative to ‖W‖ of the base, and its rank."""
+
+    layer: int
+    relative_norm: float
+    rank: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerPair:
+    """What two versions say to one question; `expected` and `request` are empty where there are none."""
+
+    question: str
+    expected: str
+    first: str
+    second: str
+    request: str
+
+    @property
+    def changed(self) -> bool:
+        """Whether the answers differ."""
+        return self.first != self.second
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """What two versions differ in: facts that only one has, layers, and both answers to every probe, in order."""
+
+    first: str
+    second: str
+    only_first: tuple[VersionFact, ...]
+    only_second: tuple[VersionFact, ...]
+    layers: tuple[LayerDifference, ...]
+    answers: tuple[AnswerPair, ...] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BisectionStep:
+    """One version that was tried, and the probes that it failed."""
+
+    version: str
+    good: bool
+    failed: tuple[ProbeResult, ...] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bisection:
+    """A search for the version that broke a probe; `first_bad` is empty until it is found, `steps` in lists."""
+
+    name: str
+    good: str
+    bad: str
+    job: Job
+    first_bad: str
+    facts: tuple[str, ...]
+    steps: tuple[BisectionStep, ...] = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,6 +40,11 @@ class LowRank:
         """The number of rows of `a`."""
         return self.a.shape[0]
 
+    def norm(self) -> float:
+        """The Frobenius norm of ΔW, from the factors' Gram matrices: ‖BA‖² = ⟨BᵀB, AAᵀ⟩."""
+        a, b = self.a.double(), self.b.double()
+        return math.sqrt(max(0.0, float(((b.T @ b) * (a @ a.T)).sum())))
+
     def dense(self) -> Float[Tensor, "d m"]:
         """ΔW itself, in float64."""
         return self.b.double() @ self.a.double()
@@ -78,7 +83,7 @@ class Delta:
 
     def norm(self) -> float:
         """The Frobenius norm of ΔW over all layers."""
-        return math.hypot(*(float(low.dense().norm()) for low in self.layers.values()))
+        return math.hypot(*(low.norm() for low in self.layers.values()))
 
     def __add__(self, other: "Delta") -> "Delta":
         """The sum, as factors side by side; raises WrongBaseError for deltas of two bases."""
@@ -207,6 +212,24 @@ def check_base(delta: Delta, model: EditableModel) -> None:
             f"the delta was made for the base {delta.base_sha256[:12]}…, not for {model.name!r} "
             f"({model.base_sha256[:12]}…); load the base it was made for"
         )
+
+
+def check_fit(delta: Delta, model: EditableModel) -> None:
+    """Raises DeltaError unless every factor is finite, in float32, and of the down-projection that it names.
+
+    For a delta from elsewhere: one that an edit made fits.
+    """
+    for i, low in delta.layers.items():
+        if not 0 <= i < len(model.layers) or delta.modules[i] != model.down_projection_name(i):
+            raise DeltaError(f"{model.name!r} has no down-projection {delta.modules[i]!r} at layer {i}")
+        weight = weight_of(model, i)
+        d, m = reversed(weight.shape) if isinstance(model.down_projection(i), Conv1D) else weight.shape
+        if low.a.shape != (low.rank, m) or low.b.shape != (d, low.rank):
+            raise DeltaError(
+                f"the factors of layer {i} are {tuple(low.b.shape)} and {tuple(low.a.shape)}; the layer maps {m} to {d}"
+            )
+        if any(f.dtype != torch.float32 or not torch.isfinite(f).all() for f in (low.a, low.b)):
+            raise DeltaError(f"the factors of layer {i} are not finite numbers in float32; export the version again")
 
 
 @contextmanager

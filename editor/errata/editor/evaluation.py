@@ -229,14 +229,19 @@ def _teacher_forced(model: EditableModel, rows: Sequence[Encoded | None]) -> lis
     return shares
 
 
-def _next_token(model: EditableModel, prompts: Sequence[Prompt]) -> list[torch.Tensor]:
+def next_token_logits(model: EditableModel, prompts: Sequence[Prompt]) -> list[torch.Tensor]:
+    """The next token's logits after each prompt, in float64 on the CPU."""
     encoded = [model.encode(p) for p in prompts]
     found: dict[int, torch.Tensor] = {}
     for batch in by_length(encoded, 64):
         with torch.inference_mode():
             logits = model.model(**model.inputs([encoded[i] for i in batch]), use_cache=False, logits_to_keep=1).logits
-        found |= dict(zip(batch, logits[:, -1].double().log_softmax(-1).cpu(), strict=True))
+        found |= dict(zip(batch, logits[:, -1].double().cpu(), strict=True))
     return [found[i] for i in range(len(prompts))]
+
+
+def _next_token(model: EditableModel, prompts: Sequence[Prompt]) -> list[torch.Tensor]:
+    return [logits.log_softmax(-1) for logits in next_token_logits(model, prompts)]
 
 
 def _mean_kl(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> float:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import partial
+from itertools import count
 
 import torch
 from jaxtyping import Float
@@ -38,6 +40,17 @@ class Keys(StrEnum):
 
     MEAN = "mean"
     EACH = "each"
+
+
+class Stage(StrEnum):
+    """What an edit is at: the values' descent, or the closed form."""
+
+    VALUES = "values"
+    SOLVE = "solve"
+
+
+StageProgress = Callable[[Stage, int, int], None]
+"""Called with a stage, its steps that are done (0 where it begins), and its steps in all: of descent, or layers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +108,7 @@ def edit(
     *,
     parent: Delta | None = None,
     earlier: Sequence[EditRequest] = (),
-    progress: Progress | None = None,
+    progress: StageProgress | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> EditResult:
     """Edits a batch of requests into a delta on `parent`, the base where None. The model is left as it was.
@@ -108,6 +121,8 @@ def edit(
     """
     check_batch(tuple(requests))
     _check_settings(model, settings, statistics)
+    tell: StageProgress = progress or (lambda *_: None)
+    tell(Stage.VALUES, 0, settings.values.steps)
     with applied(model, parent) if parent else nullcontext():
         before = [a.text for a in model.generate([r.contexts[0].prompt for r in requests])]
         for i, (request, answer) in enumerate(zip(requests, before, strict=True)):
@@ -119,16 +134,23 @@ def edit(
         found = _at_constraints(model, requests, settings.layers[-1], settings.layers[-1])
         _refuse_conflicts(requests, found, settings.layers[-1])
         values = optimise_values(
-            model, requests, settings.layers[-1], settings.values, progress=progress, cancelled=cancelled
+            model,
+            requests,
+            settings.layers[-1],
+            settings.values,
+            progress=partial(tell, Stage.VALUES),
+            cancelled=cancelled,
         )
+        one_by_one = settings.method is Method.ROME
+        solved = _counted(partial(tell, Stage.SOLVE), len(settings.layers) * (len(requests) if one_by_one else 1))
         delta = empty_delta(model)
-        if settings.method is Method.ROME:
+        if one_by_one:
             # ROME solves one request at a time; the next one sees the edits before it.
             for request, value in zip(requests, values, strict=True):
-                delta = delta + _spread(model, [request], [value], settings, statistics, delta)
+                delta = delta + _spread(model, [request], [value], settings, statistics, delta, solved=solved)
         else:
             kept = [r for r in earlier if not _subjects([r]) & _subjects(requests)]
-            delta = _spread(model, requests, values, settings, statistics, delta, kept, found)
+            delta = _spread(model, requests, values, settings, statistics, delta, kept, found, solved=solved)
     outcomes = tuple(
         RequestOutcome(name=r.name, target=r.target, before=b, value=v)
         for r, b, v in zip(requests, before, values, strict=True)
@@ -167,6 +189,8 @@ def _spread(
     below: Delta,
     earlier: Sequence[EditRequest] = (),
     before: Sequence[Sequence[_State]] | None = None,
+    *,
+    solved: Callable[[], None],
 ) -> Delta:
     """ΔW of every layer for these requests, on top of `below`. `before`: their states there, if known.
 
@@ -202,7 +226,15 @@ def _spread(
             base_sha256=model.base_sha256, layers={layer: low}, modules={layer: model.down_projection_name(layer)}
         )
         delta = delta + one
+        solved()
     return delta.compressed()
+
+
+def _counted(progress: Progress, total: int) -> Callable[[], None]:
+    """Tells `progress` that the work begins, and of one more step each time that it is called."""
+    done = count(1)
+    progress(0, total)
+    return lambda: progress(next(done), total)
 
 
 def _keys(states: Sequence[Sequence[_State]]) -> list[Float[Tensor, "m n"]]:

@@ -71,7 +71,9 @@ class Image(_message.Message):
     data: _builtins.bytes
     """An encoded picture (PNG, JPEG, WebP, ...), at most 10 MB and 50 megapixels unless the server is set otherwise."""
     uri: _builtins.str
-    """Where the server finds it. Schemes are refused unless the server's settings allow them; none is by default."""
+    """Where the server finds it; read once, when the work is queued. Schemes are refused unless the server's settings
+    allow them; none is by default.
+    """
     def __init__(
         self,
         *,
@@ -204,7 +206,9 @@ class Progress(_message.Message):
     DONE_FIELD_NUMBER: _builtins.int
     TOTAL_FIELD_NUMBER: _builtins.int
     stage: _builtins.str
-    """What is being done: "queued", "tracing", "statistics", "values", "solve", "evaluate", "publish"."""
+    """What is being done: "queued", "loading", "tracing", "statistics", "values", "solve", "conflicts",
+    "bisect", "evaluate", "publish".
+    """
     done: _builtins.int
     """Steps of this stage that are done."""
     total: _builtins.int

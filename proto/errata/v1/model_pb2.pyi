@@ -186,12 +186,13 @@ class Version(_message.Message):
     CREATE_TIME_FIELD_NUMBER: _builtins.int
     FACTS_FIELD_NUMBER: _builtins.int
     REJECTIONS_FIELD_NUMBER: _builtins.int
+    DERIVATION_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """`models/{model}/versions/{number}`; numbers rise from 1 and are never used again; 0 is the base."""
     parent: _builtins.str
     """The version it was made from; empty for the base."""
     edit: _builtins.str
-    """The edit that made it, `models/{model}/edits/{edit}`; empty for the base."""
+    """The edit that made it, `models/{model}/edits/{edit}`; empty for the base and for a version made by a derivation."""
     state: Global___VersionState.ValueType
     """Whether its guardrails let it be promoted."""
     base_sha256: _builtins.str
@@ -208,6 +209,8 @@ class Version(_message.Message):
     """MLflow's run; empty until it is published."""
     created_by: _builtins.str
     """Who asked for it."""
+    derivation: _builtins.str
+    """The derivation that made it, `models/{model}/derivations/{derivation}`; empty otherwise."""
     @_builtins.property
     def layers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """The decoder layers that its own delta changes."""
@@ -252,10 +255,11 @@ class Version(_message.Message):
         create_time: _timestamp_pb2.Timestamp | None = ...,
         facts: _abc.Iterable[_builtins.str] | None = ...,
         rejections: _abc.Iterable[_builtins.str] | None = ...,
+        derivation: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["create_time", b"create_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "base_sha256", b"base_sha256", "create_time", b"create_time", "created_by", b"created_by", "delta_bytes", b"delta_bytes", "delta_sha256", b"delta_sha256", "edit", b"edit", "facts", b"facts", "layers", b"layers", "mlflow_run_id", b"mlflow_run_id", "mlflow_version", b"mlflow_version", "name", b"name", "parent", b"parent", "publish_state", b"publish_state", "rejections", b"rejections", "scores", b"scores", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["aliases", b"aliases", "base_sha256", b"base_sha256", "create_time", b"create_time", "created_by", b"created_by", "delta_bytes", b"delta_bytes", "delta_sha256", b"delta_sha256", "derivation", b"derivation", "edit", b"edit", "facts", b"facts", "layers", b"layers", "mlflow_run_id", b"mlflow_run_id", "mlflow_version", b"mlflow_version", "name", b"name", "parent", b"parent", "publish_state", b"publish_state", "rejections", b"rejections", "scores", b"scores", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,21 +1,20 @@
 """Wires a whole server from its settings, starts it, and takes it down without losing anything.
 
 `data_dir` holds all that is the server's own: ledger.sqlite, versions/ (deltas), artifacts/ (jobs' files),
-statistics/ (of keys), mlflow.sqlite and mlruns/ where no other MLflow is named, and a lock: one server at a time.
+statistics/ (of keys), exports/ (on their way to callers), mlflow.sqlite and mlruns/ where no other MLflow is named,
+and locks: one server at a time.
 """
 
 import asyncio
-import fcntl
 import json
 import logging
 import os
 import secrets
+import shutil
 import signal
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +24,7 @@ from grpc_reflection.v1alpha import reflection
 from sqlalchemy import URL
 
 from errata.server.conversion import Decoder
+from errata.server.figures import states
 from errata.server.health import Health
 from errata.server.images import ImagePolicy
 from errata.server.interceptors import Gate
@@ -32,13 +32,16 @@ from errata.server.jobs.events import JobEvents
 from errata.server.jobs.faults import VARIABLE, Fault, fault_of, no_fault
 from errata.server.jobs.runner import JobRunner
 from errata.server.ledger.ledger import Ledger
+from errata.server.ledger.ownership import held_folder
 from errata.server.metrics import Metrics, MetricsServer, State
-from errata.server.models import LoadedModel, Models
+from errata.server.models import Models
 from errata.server.pages import PageTokens
 from errata.server.security import Authenticator, RateLimiter, server_credentials
 from errata.server.services.calls import Pager
 from errata.server.services.edits import EditService
 from errata.server.services.evaluations import EvaluationService
+from errata.server.services.export import ExportService
+from errata.server.services.history import HistoryService
 from errata.server.services.inference import InferenceService
 from errata.server.services.jobs import Queue
 from errata.server.services.models import ModelService
@@ -51,6 +54,10 @@ from errata.v1 import (
     edit_pb2_grpc,
     evaluation_pb2,
     evaluation_pb2_grpc,
+    export_pb2,
+    export_pb2_grpc,
+    history_pb2,
+    history_pb2_grpc,
     inference_pb2,
     inference_pb2_grpc,
     model_pb2,
@@ -76,9 +83,6 @@ _FAREWELL = 1.0
 _OUTBOX_SECONDS = 35.0
 """Longer than one request to MLflow may take."""
 
-_EVER, _MOST_TASKS = timedelta(days=3650), 10_000
-"""Until when tasks count as backlog, and how many are counted."""
-
 _PUBLICATION = "mlflow:"
 """What a fault in a publication begins with: `mlflow:run`; see `registry.STEPS`."""
 
@@ -90,6 +94,8 @@ _SERVICES = tuple(
         (edit_pb2, "EditService"),
         (evaluation_pb2, "EvaluationService"),
         (inference_pb2, "InferenceService"),
+        (export_pb2, "ExportService"),
+        (history_pb2, "HistoryService"),
     )
 )
 """Ours by their full names; the first needs no model in memory."""
@@ -182,7 +188,7 @@ def mlflow_place(settings: Settings) -> MlflowPlace | None:
 class Server:
     """A whole server, from `start` to the end of `stop`; also as an `async with`. Its parts are there once it started.
 
-    Raises SettingsError for settings that the machine does not allow: a port or data folder that is taken.
+    Raises SettingsError for what is taken: a port, a data folder, a ledger.
     """
 
     def __init__(self, settings: Settings, faults: Faults = Faults()) -> None:
@@ -234,10 +240,15 @@ class Server:
         self._health = Health(
             _SERVICES[:1],
             _SERVICES[1:],
-            [name for name, model in settings.models.items() if model.load == "start"],
+            *([n for n, model in settings.models.items() if model.load == load] for load in ("start", "lazy")),
         )
         self.models = Models(
-            settings.models, stores.ledger, stores.deltas, settings.data_dir, changed=self._health.changed
+            settings.models,
+            stores.ledger,
+            stores.deltas,
+            settings.data_dir,
+            changed=self._health.changed,
+            observer=self._metrics.engine,
         )
         self._decoder = Decoder(ImagePolicy.of(settings))
         self._runner = self._make_runner()
@@ -279,11 +290,13 @@ class Server:
 
     def _open(self) -> Stores:
         settings = self._settings
-        self._exit.enter_context(_locked(settings.data_dir))
+        self._exit.enter_context(held_folder(settings.data_dir))
         ledger = self._exit.enter_context(open_ledger(settings))
+        self._exit.enter_context(ledger.held(lost=_end_process))
         deltas, artifacts = DeltaStore(settings.data_dir / "versions"), ArtifactStore(settings.data_dir / "artifacts")
         deltas.sweep()
         artifacts.sweep()
+        shutil.rmtree(_exports(settings), ignore_errors=True)
         outbox = _outbox(settings, ledger, deltas, artifacts, self._faults.publication)
         return Stores(ledger=ledger, deltas=deltas, artifacts=artifacts, outbox=outbox)
 
@@ -321,6 +334,10 @@ class Server:
         edit_pb2_grpc.add_EditServiceServicer_to_server(EditService(queue, self._decoder), server)
         evaluation_pb2_grpc.add_EvaluationServiceServicer_to_server(EvaluationService(queue, self._decoder), server)
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(inference, server)
+        exports = ExportService(stores.ledger, self.models, _exports(self._settings))
+        export_pb2_grpc.add_ExportServiceServicer_to_server(exports, server)
+        history = HistoryService(queue, self._decoder, stores.deltas)
+        history_pb2_grpc.add_HistoryServiceServicer_to_server(history, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)
         reflection.enable_server_reflection((*_SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)
 
@@ -361,28 +378,8 @@ class Server:
             self._metrics_server.close()
         self._exit.close()
 
-    def _states(self) -> Iterator[State]:
-        """What metrics cannot count. Asked in a scraper's thread."""
-        loaded = {name: found for name in self.models.names if (found := self.models.loaded(name))}
-
-        def by_model(name: str, help: str, value: Callable[[LoadedModel], float]) -> State:
-            values: dict[tuple[str, ...], float] = {(model,): value(found) for model, found in loaded.items()}
-            return State(name=name, help=help, labels=("model",), values=values)
-
-        yield by_model("errata_queue_length", "Requests waiting to be answered.", lambda m: m.engine.queue_length)
-        yield by_model("errata_rows", "Rows of the running batch.", lambda m: m.engine.rows)
-        yield by_model("errata_versions_loaded", "Versions in memory.", lambda m: len(m.engine.loaded_versions))
-        yield by_model("errata_versions_bytes", "Memory of versions.", lambda m: m.engine.versions_memory_bytes)
-        yield by_model("errata_model_bytes", "Memory of base weights.", lambda m: m.memory_bytes)
-        running = Counter[tuple[str, ...]]((job.kind.value,) for job in self.stores.ledger.running())
-        yield State(
-            name="errata_jobs_running",
-            help="Jobs worked on.",
-            labels=("kind",),
-            values={k: float(n) for k, n in running.items()},
-        )
-        due = self.stores.ledger.tasks_due(datetime.now(UTC) + _EVER, _MOST_TASKS)
-        yield State(name="errata_outbox_backlog", help="What MLflow was not told yet.", values={(): len(due)})
+    def _states(self) -> Iterable[State]:
+        return states(self.models, self.stores.ledger)
 
 
 async def serve(settings: Settings, faults: Faults, started: Callable[[Server], None]) -> None:
@@ -402,18 +399,9 @@ async def serve(settings: Settings, faults: Faults, started: Callable[[Server], 
         await ended.wait()
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Holds a folder for this process alone: two servers would take each other's jobs for interrupted ones."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise SettingsError(
-                f"another server uses the data folder {str(folder)!r}; stop it, or set another data_dir"
-            ) from None
-        yield
+def _end_process() -> None:
+    """Drains as at any other SIGTERM."""
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _outbox(
@@ -433,6 +421,10 @@ def _outbox(
         place.uri, bases=bases, deltas=deltas, artifacts=artifacts, artifact_root=place.artifact_root, on_step=fault
     )
     return OutboxWriter(ledger, registry)
+
+
+def _exports(settings: Settings) -> Path:
+    return settings.data_dir / "exports"
 
 
 def _options(settings: Settings) -> list[tuple[str, int]]:

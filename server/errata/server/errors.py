@@ -1,6 +1,9 @@
 """What the service raises on purpose, and how every error looks on the wire.
 
 ErrataError (errata.editor.errors)
+├── EngineError                      something failed that no request is to blame for
+├── CancelledError (errata.editor.errors)
+│   └── DeadlineExceededError            the request's deadline passed
 └── ServiceError                     `reason` and gRPC code by class
     ├── NotFoundError                    no such model, version, alias, trace, edit, evaluation
     ├── MalformedError                   a request that breaks the API's own limits; `field` names it
@@ -9,12 +12,15 @@ ErrataError (errata.editor.errors)
     ├── RejectedVersionError             a rejected version promoted without an override
     ├── VersionInUseError                deleted while an alias points to it or a version is built on it
     ├── NothingToRollBackError           the alias names the first version it ever named
+    ├── EditsConflictError               edits that are to be composed speak against each other
+    ├── NothingToBisectError             the good version fails a probe, or the bad one passes all
     ├── UnauthenticatedError             no token, or one the server does not know
     ├── ForbiddenError                   the token's role does not allow it
     ├── BusyError                        queue or rate limit is full; `retry_after` says when to come back
     ├── DrainingError                    the server is shutting down
     ├── PageTokenError                   malformed, expired or another list's page token
     └── LedgerError                      the ledger cannot be used
+        ├── LedgerUnavailableError           for the moment; `retry_after` says when to come back
         ├── NotMigratedError                 its schema is not this release's
         └── BaseChangedError                 the checkpoint is not the one its versions were made for
 """
@@ -33,6 +39,18 @@ from errata.editor.errors import (
     ModelError,
     NoCausalSiteError,
 )
+
+
+class EngineError(ErrataError):
+    """Something failed in the engine that no request is to blame for; the cause is chained. INTERNAL on the wire."""
+
+    reason = "ENGINE_FAILURE"
+
+
+class DeadlineExceededError(CancelledError):
+    """The request's deadline passed before its answer was complete."""
+
+    reason = "DEADLINE_EXCEEDED"
 
 
 class ServiceError(ErrataError):
@@ -94,6 +112,18 @@ class NothingToRollBackError(ServiceError):
     reason = "NOTHING_TO_ROLL_BACK"
 
 
+class EditsConflictError(ServiceError):
+    """Edits that are to be composed speak against each other."""
+
+    reason = "EDITS_CONFLICT"
+
+
+class NothingToBisectError(ServiceError):
+    """The version said to be good fails a probe, or the one said to be bad passes all."""
+
+    reason = "NOTHING_TO_BISECT"
+
+
 class UnauthenticatedError(ServiceError):
     """No token, or one the server does not know."""
 
@@ -130,6 +160,12 @@ class LedgerError(ServiceError):
     reason = "LEDGER"
 
 
+class LedgerUnavailableError(LedgerError):
+    """The ledger's database does not answer now: it is down, locked, or cannot be written. The cause is chained."""
+
+    reason = "LEDGER_UNAVAILABLE"
+
+
 class NotMigratedError(LedgerError):
     """The ledger's schema is not this release's."""
 
@@ -151,6 +187,8 @@ CODES: dict[type[ErrataError], grpc.StatusCode] = {
     NoCausalSiteError: _Code.FAILED_PRECONDITION,
     IllConditionedError: _Code.FAILED_PRECONDITION,
     CancelledError: _Code.CANCELLED,
+    DeadlineExceededError: _Code.DEADLINE_EXCEEDED,
+    EngineError: _Code.INTERNAL,
     NotFoundError: _Code.NOT_FOUND,
     MalformedError: _Code.INVALID_ARGUMENT,
     RequestIdReusedError: _Code.ALREADY_EXISTS,
@@ -158,12 +196,15 @@ CODES: dict[type[ErrataError], grpc.StatusCode] = {
     RejectedVersionError: _Code.FAILED_PRECONDITION,
     VersionInUseError: _Code.FAILED_PRECONDITION,
     NothingToRollBackError: _Code.FAILED_PRECONDITION,
+    EditsConflictError: _Code.FAILED_PRECONDITION,
+    NothingToBisectError: _Code.FAILED_PRECONDITION,
     UnauthenticatedError: _Code.UNAUTHENTICATED,
     ForbiddenError: _Code.PERMISSION_DENIED,
     BusyError: _Code.RESOURCE_EXHAUSTED,
     DrainingError: _Code.UNAVAILABLE,
     PageTokenError: _Code.INVALID_ARGUMENT,
     LedgerError: _Code.FAILED_PRECONDITION,
+    LedgerUnavailableError: _Code.UNAVAILABLE,
 }
 """The one table from errors to gRPC codes; a class without an entry has its nearest base's."""
 

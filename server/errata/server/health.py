@@ -1,7 +1,8 @@
-"""Whether each service serves, for `grpc.health.v1`: not before its models are loaded, not while the server drains.
+"""Whether each service serves, for `grpc.health.v1`: not while its models are loaded, not while the server drains.
 
-`ModelService` needs no model in memory. The others, and the server as a whole (""), wait for every model that is
-configured to be there from the start; one that cannot be loaded keeps them waiting.
+`ModelService` needs no model in memory. The others, and the server as a whole (""), wait until every model that is
+configured to be there from the start is, or has failed; then they serve as long as one model can answer. Calls on a
+model that failed say why, and try it again.
 """
 
 import asyncio
@@ -17,12 +18,21 @@ SERVER = ""
 
 
 class Health:
-    """Follows the models' states. Made in the server's event loop; `changed` may be called from any thread."""
+    """Follows the models' states. Made in the server's event loop; `changed` may be called from any thread.
 
-    def __init__(self, at_once: Collection[str], when_loaded: Collection[str], models: Collection[str]) -> None:
+    `from_start` and `on_demand` are the models by when they are loaded.
+    """
+
+    def __init__(
+        self,
+        at_once: Collection[str],
+        when_loaded: Collection[str],
+        from_start: Collection[str],
+        on_demand: Collection[str] = (),
+    ) -> None:
         self.servicer = aio.HealthServicer()
         self._at_once, self._when_loaded = at_once, (SERVER, *when_loaded)
-        self._missing = set(models)
+        self._awaited, self._usable = set(from_start), {*from_start, *on_demand}
         self._loop = asyncio.get_running_loop()
         self._draining = False
 
@@ -45,14 +55,19 @@ class Health:
     @property
     def serving(self) -> bool:
         """Whether all of the server serves."""
-        return not self._missing and not self._draining
+        return not self._awaited and bool(self._usable) and not self._draining
 
     async def _changed(self, model: str, state: LoadState) -> None:
         if state is LoadState.READY:
-            self._missing.discard(model)
-            await self._say()
+            self._usable.add(model)
+        elif state is LoadState.FAILED:
+            self._usable.discard(model)
+        else:
+            return
+        self._awaited.discard(model)
+        await self._say()
 
     async def _say(self) -> None:
-        status = HealthCheckResponse.NOT_SERVING if self._missing else HealthCheckResponse.SERVING
+        status = HealthCheckResponse.SERVING if self.serving else HealthCheckResponse.NOT_SERVING
         for service in self._when_loaded:
             await self.servicer.set(service, status)

@@ -19,7 +19,7 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import status_pb2
 
 from errata.editor.errors import ErrataError
-from errata.server.errors import DrainingError, MalformedError, reason_of
+from errata.server.errors import DrainingError, MalformedError, NotFoundError, reason_of
 from errata.server.metrics import Metrics
 from errata.server.security import OPEN, Authenticator, RateLimiter, authorize
 from errata.server.services.calls import Context, called_by
@@ -27,7 +27,7 @@ from errata.server.status import code_from, internal, retry_after, status_of, tr
 
 _log = logging.getLogger(__name__)
 
-_NAMING = ("name", "parent", "version")
+_NAMING = ("name", "parent", "version", "first", "bad")
 """The fields that name what a request is about."""
 
 _MODEL = re.compile(r"models/([^/]+)")
@@ -124,6 +124,8 @@ class Gate(grpc.aio.ServerInterceptor):
             call.code = _aborted(context)
             raise
         except Exception as error:
+            if isinstance(error, NotFoundError) and not error.field:
+                error.field = call.naming
             status = self._status(method, error)
             call.code = code_from(status)
             call.reason = reason_of(error) if isinstance(error, ErrataError) else "INTERNAL"
@@ -148,7 +150,7 @@ class _Call:
     def __init__(self, gate: Gate, method: str, context: Context) -> None:
         self._gate, self._method, self._context = gate, method, context
         self._began = perf_counter()
-        self._caller = self._resource = self.reason = ""
+        self._caller = self._resource = self.naming = self.reason = ""
         self.code = grpc.StatusCode.OK
         # Health and reflection are watched for as long as the server lives: nothing to wait for.
         self.works = int(method.startswith("/errata."))
@@ -170,7 +172,7 @@ class _Call:
         called_by(who)
         gate._limiter.take(who.name)
         request = _parsed(raw, read, gate._most)
-        self._resource = _resource(request)
+        self.naming, self._resource = _resource(request)
         found = _MODEL.match(self._resource)
         authorize(who, method, found[1] if found else None)
         return request
@@ -213,12 +215,17 @@ def _parsed(raw: Any, read: Callable[[bytes], Message] | None, most: int) -> Any
         ) from None
 
 
-def _resource(request: Any) -> str:
-    """The name of what a request is about; "" where it names nothing."""
-    named = (getattr(request, field, "") for field in _NAMING)
-    found = next((name for name in named if isinstance(name, str) and name), "")
+def _resource(request: Any) -> tuple[str, str]:
+    """The field that says what a request is about, and the name in it; both "" where it names nothing."""
+    for field in _NAMING:
+        name = getattr(request, field, "")
+        if isinstance(name, str) and name:
+            return field, name
     inner = getattr(request, "request", None)
-    return found if found or not isinstance(inner, Message) else _resource(inner)
+    if not isinstance(inner, Message):
+        return "", ""
+    field, name = _resource(inner)
+    return f"request.{field}", name
 
 
 async def _abort(context: Context, status: status_pb2.Status, retry: float | None = None) -> NoReturn:

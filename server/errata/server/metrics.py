@@ -1,6 +1,7 @@
 """Figures for Prometheus, in a registry of their own.
 
-Calls and ended jobs are counted as they happen; what is a state (queues, memory, backlog) is read when it is scraped.
+Calls, ended jobs and the engines' work are counted as they happen; what is a state (queues, memory, backlog) is read
+when it is scraped.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -15,6 +16,8 @@ from prometheus_client.registry import Collector
 from errata.server.ledger.rows import JobRow
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
+_STEP_SECONDS = (0.001, 0.0025, *_SECONDS)
+_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +57,7 @@ class Metrics:
             ("model", "kind"),
             registry=self.registry,
         )
+        self._engines = _engine_figures(self.registry)
         self.registry.register(_States(states))
 
     def began(self, method: str) -> None:
@@ -75,9 +79,74 @@ class Metrics:
         self._tokens.labels(model, "prompt").inc(prompt_tokens)
         self._tokens.labels(model, "generated").inc(generated_tokens)
 
+    def engine(self, model: str) -> "EngineFigures":
+        """What a model's engine tells of its work to."""
+        return EngineFigures(self._engines, model)
+
     def serve(self, port: int, host: str) -> "MetricsServer":
         """Serves them over HTTP; port 0 means any free one. Raises OSError for one that is taken."""
         return MetricsServer(*start_http_server(port, host, self.registry))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Engines:
+    """Figures of all engines, by model."""
+
+    first_token: Histogram
+    rows: Histogram
+    versions: Histogram
+    step: Histogram
+    tokens: Counter
+    ended: Counter
+
+
+def _engine_figures(registry: CollectorRegistry) -> _Engines:
+    def histogram(name: str, help: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(f"errata_engine_{name}", help, ("model",), buckets=buckets, registry=registry)
+
+    return _Engines(
+        first_token=histogram("first_token_seconds", "Time from a request to its answer's first token.", _SECONDS),
+        rows=histogram("step_rows", "Rows of the batch at each of its steps.", _ROWS),
+        versions=histogram("step_versions", "Distinct versions in the batch at each of its steps.", _ROWS),
+        step=histogram("step_seconds", "Time of one step of the batch: one token for each row.", _STEP_SECONDS),
+        tokens=Counter(
+            "errata_engine_tokens",
+            "Tokens generated, those of answers that nobody waited for included.",
+            ("model",),
+            registry=registry,
+        ),
+        ended=Counter(
+            "errata_engine_requests_ended",
+            "Requests that ended, by outcome: a finish reason, scored, or an error's reason.",
+            ("model", "outcome"),
+            registry=registry,
+        ),
+    )
+
+
+class EngineFigures:
+    """An EngineObserver that counts. Safe from any thread."""
+
+    def __init__(self, engines: _Engines, model: str) -> None:
+        self._model, self._ended = model, engines.ended
+        self._first_token, self._tokens = engines.first_token.labels(model), engines.tokens.labels(model)
+        self._rows, self._versions = engines.rows.labels(model), engines.versions.labels(model)
+        self._step = engines.step.labels(model)
+
+    def first_token(self, seconds: float) -> None:
+        """A generation's first token is there."""
+        self._first_token.observe(seconds)
+
+    def stepped(self, rows: int, versions: int, seconds: float) -> None:
+        """The batch made a step."""
+        self._rows.observe(rows)
+        self._versions.observe(versions)
+        self._step.observe(seconds)
+
+    def finished(self, outcome: str, seconds: float, tokens: int) -> None:
+        """A request ended."""
+        self._ended.labels(self._model, outcome).inc()
+        self._tokens.inc(tokens)
 
 
 class MetricsServer:

@@ -26,7 +26,8 @@ from errata.editor.report.wording import size
 from errata.editor.requests import Context
 from errata.editor.statistics import KeyStatistics, key_statistics
 from errata.editor.trace import Progress
-from errata.server.engine import Engine, EngineSettings
+from errata.server.engine import Engine, EngineObserver, EngineSettings
+from errata.server.engine.observer import Silent
 from errata.server.errors import MalformedError, NotFoundError
 from errata.server.jobs.references import references_of
 from errata.server.ledger.ledger import Ledger
@@ -59,6 +60,7 @@ class LoadedModel:
         ledger: Ledger,
         store: DeltaStore,
         statistics_folder: Path,
+        observer: EngineObserver | None = None,
     ) -> None:
         self.name, self.settings = name, settings
         self.base = base
@@ -67,7 +69,7 @@ class LoadedModel:
         self._lock, self._measuring = threading.Lock(), threading.Lock()
         self._idle: list[EditableModel] = []
         served = EngineSettings(max_rows=settings.max_rows, max_queue=settings.max_queue)
-        self.engine = Engine(base, self.deltas_of, served)
+        self.engine = Engine(base, self.deltas_of, served, observer=observer)
 
     @property
     def architecture(self) -> str:
@@ -155,7 +157,8 @@ class LoadedModel:
 class Models:
     """The configured models by name.
 
-    `changed` is called with a name and its new state, in the loading thread.
+    `changed` is called with a name and its new state, in the loading thread. `observer` makes what a model's engine
+    tells of its work.
     """
 
     def __init__(
@@ -166,9 +169,11 @@ class Models:
         data_dir: Path,
         *,
         changed: Callable[[str, LoadState], None] = lambda _name, _state: None,
+        observer: Callable[[str], EngineObserver] = lambda _name: Silent(),
     ) -> None:
         self._configured = dict(configured)
-        self._ledger, self._store, self._data_dir, self._changed = ledger, store, data_dir, changed
+        self._ledger, self._store, self._data_dir = ledger, store, data_dir
+        self._changed, self._observer = changed, observer
         self._lock = threading.Lock()
         self._futures: dict[str, Future[LoadedModel]] = {}
         # One at a time: a loader sets the process's default dtype and device while it runs.
@@ -254,7 +259,7 @@ class Models:
     def _loaded(self, name: str, settings: ModelSettings) -> LoadedModel:
         base = load_model(settings.source, dtype=getattr(torch, settings.dtype), device=settings.device)
         folder = self._data_dir / "statistics" / name
-        loaded = LoadedModel(name, settings, base, self._ledger, self._store, folder)
+        loaded = LoadedModel(name, settings, base, self._ledger, self._store, folder, self._observer(name))
         self._ledger.ensure_model(name)
         self._ledger.describe_model(
             name, base_sha256=base.base_sha256, architecture=loaded.architecture, layers=loaded.layers

@@ -18,7 +18,7 @@ _MODEL = r"[a-z0-9](?:[a-z0-9_-]|\.(?!\.)){0,63}"
 _ALIAS = r"[a-z0-9-]{1,64}"
 _NUMBER = r"0|[1-9][0-9]{0,8}"  # fits 32 bits; one spelling a version
 _ID = r"[a-z0-9][a-z0-9-]{0,63}"
-_COLLECTIONS = {JobKind.TRACE: "traces", JobKind.EDIT: "edits", JobKind.EVALUATION: "evaluations"}
+_COLLECTIONS = {kind: f"{kind.value}s" for kind in JobKind}
 
 _MODEL_PART = re.compile(_MODEL)
 _ALIAS_PART = re.compile(_ALIAS)
@@ -81,7 +81,7 @@ def alias_of(name: str, field: str) -> tuple[str, str]:
 
 
 def job_of(name: str, kind: JobKind, field: str) -> tuple[str, str]:
-    """The model and id of a trace's, an edit's or an evaluation's name."""
+    """The model and id of a job's name."""
     if found := _JOB_NAMES[kind].fullmatch(name):
         return found[1], found[2]
     _refuse(name, field, f"models/{{model}}/{_COLLECTIONS[kind]}/{{{kind.value}}}, as the server gave it")
@@ -117,7 +117,7 @@ def alias_name(model: str, alias: str) -> str:
 
 
 def job_name(kind: JobKind, model: str, id: str) -> str:
-    """`models/{model}/traces/{id}`, `…/edits/{id}` or `…/evaluations/{id}`."""
+    """`models/{model}/traces/{id}`, `…/edits/{id}`, and so on by the kind."""
     return f"models/{model}/{_COLLECTIONS[kind]}/{id}"
 
 

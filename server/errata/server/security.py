@@ -63,9 +63,21 @@ ROLES: Mapping[str, Role] = {
     "/errata.v1.EvaluationService/ListEvaluations": Role.READER,
     "/errata.v1.EvaluationService/CancelEvaluation": Role.EDITOR,
     "/errata.v1.EvaluationService/WatchEvaluation": Role.READER,
+    "/errata.v1.HistoryService/CreateDerivation": Role.EDITOR,
+    "/errata.v1.HistoryService/GetDerivation": Role.READER,
+    "/errata.v1.HistoryService/ListDerivations": Role.READER,
+    "/errata.v1.HistoryService/CancelDerivation": Role.EDITOR,
+    "/errata.v1.HistoryService/WatchDerivation": Role.READER,
+    "/errata.v1.HistoryService/CreateBisection": Role.EDITOR,
+    "/errata.v1.HistoryService/GetBisection": Role.READER,
+    "/errata.v1.HistoryService/ListBisections": Role.READER,
+    "/errata.v1.HistoryService/CancelBisection": Role.EDITOR,
+    "/errata.v1.HistoryService/WatchBisection": Role.READER,
+    "/errata.v1.HistoryService/CompareVersions": Role.READER,
     "/errata.v1.InferenceService/Generate": Role.READER,
     "/errata.v1.InferenceService/StreamGenerate": Role.READER,
     "/errata.v1.InferenceService/Score": Role.READER,
+    "/errata.v1.ExportService/ExportVersion": Role.READER,
 }
 """The role each RPC needs, of the model that it names; ListModels, which names none, lists what the caller may see."""
 

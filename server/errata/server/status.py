@@ -11,7 +11,6 @@ from google.rpc import error_details_pb2, status_pb2
 from grpc import StatusCode
 
 from errata.editor.errors import ErrataError
-from errata.server.engine import DeadlineExceededError
 from errata.server.errors import code_of, reason_of
 
 DOMAIN = "errata"
@@ -41,9 +40,7 @@ def status_of(error: ErrataError) -> status_pb2.Status:
         delay = Duration()
         delay.FromMilliseconds(round(1000 * seconds))
         details.append(error_details_pb2.RetryInfo(retry_delay=delay))
-    # A kind of cancellation to the engine, a code of its own to gRPC.
-    late = isinstance(error, DeadlineExceededError)
-    return _status(StatusCode.DEADLINE_EXCEEDED if late else code_of(error), said, details)
+    return _status(code_of(error), said, details)
 
 
 def internal(method: str, error_id: str) -> status_pb2.Status:

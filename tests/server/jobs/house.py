@@ -22,7 +22,7 @@ from errata.server.ledger.ledger import Ledger
 from errata.server.ledger.rows import JobKind, JobRow, JobState
 from errata.server.models import Models
 from errata.server.store import ArtifactStore, DeltaStore
-from errata.v1 import common_pb2, edit_pb2, evaluation_pb2, trace_pb2
+from errata.v1 import common_pb2, edit_pb2, evaluation_pb2, history_pb2, trace_pb2
 
 LAYER = 1
 """Where Atlas looks its facts up."""
@@ -46,6 +46,8 @@ class House:
         kind = {
             edit_pb2.CreateEditRequest: JobKind.EDIT,
             trace_pb2.CreateTraceRequest: JobKind.TRACE,
+            history_pb2.CreateDerivationRequest: JobKind.DERIVATION,
+            history_pb2.CreateBisectionRequest: JobKind.BISECTION,
             evaluation_pb2.CreateEvaluationRequest: JobKind.EVALUATION,
         }[type(message)]
         request = message.SerializeToString(deterministic=True)
@@ -58,11 +60,31 @@ class House:
         return len(self.ledger.versions(model, None, 1000)) - 1
 
 
-class Worker:
-    """A runner and what it has ended."""
+class Seen(JobEvents):
+    """Shows every change of a running job to `look`, in the job's own thread: it goes on when that returns."""
 
-    def __init__(self, house: House, fault: Callable[[str], None] = no_fault, threads: int = 2) -> None:
-        self.house, self.events = house, JobEvents()
+    def __init__(self, ledger: Ledger, look: Callable[[JobRow], None]) -> None:
+        super().__init__()
+        self._ledger, self._look = ledger, look
+
+    def changed(self, job_id: str) -> None:
+        super().changed(job_id)
+        for row in self._ledger.running():
+            if row.id == job_id:
+                self._look(row)
+
+
+class Worker:
+    """A runner and what it has ended. `look` is shown every change of a running job."""
+
+    def __init__(
+        self,
+        house: House,
+        fault: Callable[[str], None] = no_fault,
+        threads: int = 2,
+        look: Callable[[JobRow], None] = lambda _row: None,
+    ) -> None:
+        self.house, self.events = house, Seen(house.ledger, look)
         self._ended: queue.Queue[JobRow] = queue.Queue()
         self._seen: dict[str, JobRow] = {}
         self.runner = JobRunner(
@@ -92,8 +114,8 @@ class Worker:
 
 
 @contextmanager
-def working(house: House, fault: Callable[[str], None] = no_fault, threads: int = 2):
-    worker = Worker(house, fault, threads)
+def working(house: House, *args: object, **kwargs: object):
+    worker = Worker(house, *args, **kwargs)
     worker.runner.recover()
     worker.runner.start()
     try:

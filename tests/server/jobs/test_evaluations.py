@@ -15,11 +15,11 @@ def child(house: House) -> int:
         return succeeded(worker.run(edit_message(small_edit("Estonia"), steps=40))).made or 0
 
 
-def _evaluation(version: int, baseline: str = "") -> evaluation_pb2.CreateEvaluationRequest:
+def _evaluation(version: int, baseline: int = 0) -> evaluation_pb2.CreateEvaluationRequest:
     about_money = question("Estonia", Attribute.CURRENCY).prompt
     return evaluation_pb2.CreateEvaluationRequest(
         version=f"models/atlas/versions/{version}",
-        baseline=baseline,
+        baseline=f"models/atlas/versions/{baseline}",
         probes=[
             probe_message(about_money, "euro"),
             probe_message(question("Japan").prompt, metric=evaluation_pb2.METRIC_OTHER_SUBJECTS),
@@ -31,7 +31,7 @@ def _result(worker: Worker, message: evaluation_pb2.CreateEvaluationRequest, ver
     return evaluation_pb2.Evaluation.FromString(succeeded(worker.run(message, version=version)).result or b"")
 
 
-def test_a_version_is_compared_with_its_parent_where_nobody_says(worker: Worker, child: int) -> None:
+def test_a_version_is_compared_with_its_baseline(worker: Worker, child: int) -> None:
     result = _result(worker, _evaluation(child), child)
     assert result.baseline == "models/atlas/versions/0"
     first = result.results[0]
@@ -43,12 +43,12 @@ def test_a_version_is_compared_with_its_parent_where_nobody_says(worker: Worker,
 
 
 def test_the_baseline_may_be_the_later_version(worker: Worker, child: int) -> None:
-    result = _result(worker, _evaluation(0, f"models/atlas/versions/{child}"), 0)
+    result = _result(worker, _evaluation(0, child), 0)
     assert (result.results[0].before, result.results[0].after) == ("euro", "kroon")
 
 
 def test_a_version_does_not_drift_from_itself(worker: Worker, child: int) -> None:
-    result = _result(worker, _evaluation(child, f"models/atlas/versions/{child}"), child)
+    result = _result(worker, _evaluation(child, child), child)
     assert result.drift == 0.0
 
 
@@ -57,27 +57,13 @@ def test_an_edited_version_drifts_from_the_base(worker: Worker, child: int) -> N
 
 
 def test_an_evaluation_below_its_guardrail_is_rejected_and_keeps_its_results(worker: Worker) -> None:
-    message = _evaluation(0, "models/atlas/versions/0")
+    message = _evaluation(0)
     message.guardrails.add(metric=evaluation_pb2.METRIC_EFFICACY, least=0.5)
     row = worker.run(message)
     assert row.state is JobState.REJECTED
     result = evaluation_pb2.Evaluation.FromString(row.result or b"")
     assert list(result.rejections) == ["efficacy 0.00 is below 0.50 (n = 1)"]
     assert len(result.results) == 2
-
-
-def test_the_base_has_no_parent_to_be_compared_with(worker: Worker) -> None:
-    row = worker.run(_evaluation(0))
-    assert row.failure is not None
-    assert (row.failure.reason, row.failure.field) == ("MISSING_FIELD", "baseline")
-
-
-def test_an_alias_is_the_version_that_it_names_when_the_evaluation_runs(
-    house: House, worker: Worker, child: int
-) -> None:
-    house.ledger.promote("atlas", child, "judged", etag=None, override_reason=None, actor="tester", publish=False)
-    result = _result(worker, _evaluation(0, "models/atlas/aliases/judged"), 0)
-    assert result.baseline == f"models/atlas/versions/{child}"
 
 
 def test_the_answers_are_left_as_a_page_and_a_table(house: House, worker: Worker, child: int) -> None:

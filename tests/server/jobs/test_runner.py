@@ -4,19 +4,19 @@ from collections.abc import Callable
 from threading import Event, Thread
 
 import pytest
-from house import House, Worker, edit_message, probe_message, question, small_edit, succeeded
+from house import House, Worker, edit_message, probe_message, question, small_edit, succeeded, trace_message
 
 from errata.editor.errors import InvalidInputError, PromptError
 from errata.server.jobs.faults import STAGES, fault_of, no_fault
 from errata.server.jobs.runner import failure_of
-from errata.server.ledger.rows import JobKind, JobState
-from errata.v1 import evaluation_pb2
+from errata.server.ledger.rows import JobKind, JobRow, JobState
+from errata.v1 import edit_pb2, evaluation_pb2
 
 WAIT = 240.0
 Work = Callable[..., Worker]
 
 
-def _edit() -> object:
+def _edit() -> edit_pb2.CreateEditRequest:
     return edit_message(small_edit("Estonia", contexts=2), steps=4)
 
 
@@ -64,16 +64,56 @@ def test_edits_of_one_model_take_turns_and_an_evaluation_runs_beside_them(house:
     assert made == sorted(made)
 
 
-def test_a_running_edit_that_is_cancelled_ends_so_and_makes_no_version(house: House, work: Work) -> None:
-    barrier, versions = Barrier("values"), house.versions()
-    worker = work(barrier)
-    job = house.create(_edit())
-    worker.runner.notify()
-    assert barrier.reached.wait(WAIT)
-    house.ledger.request_cancel(JobKind.EDIT, "atlas", job.id, "tester")
-    barrier.go.set()
-    assert worker.end_of(job).state is JobState.CANCELLED
-    assert house.versions() == versions
+def test_an_edit_says_what_it_is_at(work: Work) -> None:
+    stages: dict[str, None] = {}
+    succeeded(work(look=lambda row: stages.setdefault(row.stage)).run(_edit()))
+    assert list(stages) == ["loading", "values", "solve", "evaluate", "publish"]
+
+
+def _slow_edit() -> edit_pb2.CreateEditRequest:
+    """Nobody waits for its values."""
+    return edit_message(small_edit("Estonia", contexts=8), steps=1000, target="Ouagadougou Zanzibar Vaduz")
+
+
+def _long_judged_edit() -> edit_pb2.CreateEditRequest:
+    message = _edit()
+    message.probes.extend([probe_message(question("Estonia", shown=False).prompt)] * 300)
+    return message
+
+
+def _long_evaluation() -> evaluation_pb2.CreateEvaluationRequest:
+    message = _evaluation()
+    message.probes.extend([message.probes[0]] * 300)
+    return message
+
+
+@pytest.mark.parametrize(
+    ("message", "stage"),
+    [
+        (_slow_edit, "values"),
+        (_long_judged_edit, "evaluate"),
+        (lambda: trace_message(20), "tracing"),
+        (_long_evaluation, "evaluate"),
+    ],
+    ids=["values", "evaluate", "tracing", "evaluation"],
+)
+def test_a_job_that_is_cancelled_in_a_stage_ends_there_and_leaves_nothing(
+    house: House, work: Work, message: Callable[[], object], stage: str
+) -> None:
+    def cancel(row: JobRow) -> None:
+        if row.stage == stage:
+            house.ledger.request_cancel(row.kind, row.model, row.id, "tester")
+
+    before = _kept(house)
+    ended = work(look=cancel).run(message())
+    assert (ended.state, ended.stage, ended.made, ended.result) == (JobState.CANCELLED, stage, None, None)
+    assert _kept(house) == before
+
+
+def _kept(house: House) -> list[object]:
+    """Every version, and every file and folder of the stores."""
+    roots = (house.deltas._root, house.artifacts._root)
+    return [house.versions(), *(set(root.rglob("*")) for root in roots)]
 
 
 def test_an_error_raised_on_purpose_ends_the_job_with_its_reason_and_field(worker: Worker) -> None:

@@ -57,7 +57,9 @@ class Postgres:
     numbers: Iterator[int] = field(default_factory=count)
 
     def start(self) -> None:
-        self._run("initdb", "--auth=trust", "--username=postgres", "--encoding=UTF8", "--no-sync", "-D", self._data)
+        """Starts it, again if need be."""
+        if not Path(self._data).exists():
+            self._run("initdb", "--auth=trust", "--username=postgres", "--encoding=UTF8", "--no-sync", "-D", self._data)
         options = f"-c listen_addresses= -c unix_socket_directories={self.folder} -c fsync=off"
         self._run("pg_ctl", "-D", self._data, "-l", f"{self.folder}/log", "-w", "-o", options, "start")
 

@@ -1,7 +1,7 @@
 from collections.abc import Callable
 
 import pytest
-from ledgers import Clock, Edit
+from ledgers import Clock, Edit, new_version
 from sqlalchemy import event
 
 from errata.server.errors import NotFoundError, RequestIdReusedError
@@ -58,6 +58,43 @@ def test_the_same_request_id_with_another_request_is_refused(ledger: Ledger) -> 
     ledger.create_job(JobKind.EDIT, "atlas", version=0, request=b"x", request_id="r-1", actor="ada")
     with pytest.raises(RequestIdReusedError, match='"r-1"'):
         ledger.create_job(JobKind.EDIT, "atlas", version=0, request=b"y", request_id="r-1", actor="ada")
+
+
+def test_a_request_is_compared_as_it_was_sent(ledger: Ledger) -> None:
+    first = ledger.create_job(
+        JobKind.EDIT, "atlas", version=0, request=b"with its pictures", request_id="r-1", actor="ada", sent=b"by URI"
+    )
+    assert ledger.repeated(JobKind.EDIT, "atlas", "r-1", b"by URI") == first
+    assert first.request == b"with its pictures"
+    again = ledger.create_job(
+        JobKind.EDIT, "atlas", version=0, request=b"with others", request_id="r-1", actor="ada", sent=b"by URI"
+    )
+    assert again == first
+    with pytest.raises(RequestIdReusedError, match='"r-1"'):
+        ledger.repeated(JobKind.EDIT, "atlas", "r-1", b"with its pictures")
+    for kind, model, request_id in (
+        (JobKind.EDIT, "atlas", "r-2"),
+        (JobKind.TRACE, "atlas", "r-1"),
+        (JobKind.EDIT, "mars", "r-1"),
+    ):
+        assert ledger.repeated(kind, model, request_id, b"by URI") is None
+
+
+def test_a_repeated_request_is_the_first_job_though_its_version_is_gone(ledger: Ledger, edit: Edit) -> None:
+    number = edit().number
+    first = ledger.create_job(JobKind.EDIT, "atlas", version=number, request=b"x", request_id="r-1", actor="ada")
+    ended = ledger.finish(first.id, JobState.FAILED)
+    ledger.delete_version("atlas", number, actor="ada", publish=True)
+    again = ledger.create_job(JobKind.EDIT, "atlas", version=number, request=b"x", request_id="r-1", actor="ada")
+    assert again == ledger.repeated(JobKind.EDIT, "atlas", "r-1", b"x") == ended
+
+
+def test_a_job_that_needs_a_further_version_is_refused_where_it_is_gone(ledger: Ledger) -> None:
+    with pytest.raises(NotFoundError, match="no version 7"):
+        ledger.create_job(
+            JobKind.EVALUATION, "atlas", version=0, request=b"x", request_id=None, actor="ada", also=(0, 7)
+        )
+    assert ledger.jobs(JobKind.EVALUATION, "atlas", None, 10) == []
 
 
 def test_a_request_id_belongs_to_its_kind_and_model(ledger: Ledger) -> None:
@@ -204,6 +241,18 @@ def test_an_ended_job_never_changes_again(ledger: Ledger, clock: Clock, state: J
     assert [change() for change in others] == [ended] * 4
     assert (ended.state, ended.result, ended.failure) == (state, b"one", None)
     assert ledger.claim(EDITS) is None
+
+
+def test_what_a_list_shows_changes_with_the_end_of_a_job_and_never_after(ledger: Ledger, edit: Edit) -> None:
+    first, second = create(ledger, summary=b"asked"), create(ledger, summary=b"asked")
+    assert ledger.finish(first.id, JobState.SUCCEEDED, summary=b"done").summary == b"done"
+    assert ledger.finish(first.id, JobState.FAILED, summary=b"again").summary == b"done"
+    assert ledger.finish(second.id, JobState.FAILED).summary == b"asked"
+    third = create(ledger, summary=b"asked")
+    ledger.commit_edit(third.id, new_version(), result=b"", publish=True, summary=b"made")
+    ledger.commit_edit(third.id, new_version(), result=b"", publish=True, summary=b"made twice")
+    listed = ledger.jobs(JobKind.EDIT, "atlas", None, 3)
+    assert [job.summary for job in listed] == [b"made", b"asked", b"done"]
 
 
 def test_a_job_does_not_finish_as_something_that_is_no_end(ledger: Ledger) -> None:

@@ -1,10 +1,12 @@
 import pytest
+from google.protobuf.message import Message
 from ledgers import BASE, Clock, Edit, new_version
 from sqlalchemy import text
 
 from errata.server.errors import BaseChangedError, LedgerError, NotFoundError, VersionInUseError
 from errata.server.ledger.ledger import Ledger
 from errata.server.ledger.rows import JobKind, JobRow, JobState, ModelRow, PublishState, TaskKind
+from errata.v1 import evaluation_pb2, history_pb2
 
 
 def queue(ledger: Ledger, kind: JobKind = JobKind.EDIT, version: int = 0) -> JobRow:
@@ -122,7 +124,7 @@ def test_only_an_edit_makes_a_version(ledger: Ledger) -> None:
 def test_an_edit_of_a_checkpoint_that_was_exchanged_meanwhile_is_refused(ledger: Ledger) -> None:
     job = queue(ledger)
     ledger.describe_model("atlas", base_sha256="c" * 64, architecture="A", layers=6)
-    with pytest.raises(BaseChangedError, match="ask for the edit again"):
+    with pytest.raises(BaseChangedError, match="ask for it again"):
         ledger.commit_edit(job.id, new_version(), result=b"", publish=True)
     assert numbers(ledger) == [0]
 
@@ -256,6 +258,32 @@ def test_a_version_that_a_job_works_on_is_deleted_only_after_its_end(ledger: Led
     ledger.finish(job.id, JobState.FAILED)
     ledger.delete_version("atlas", 1, actor="ada", publish=True)
     assert numbers(ledger) == [0]
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked"),
+    [
+        (JobKind.EVALUATION, evaluation_pb2.Evaluation(baseline="models/atlas/versions/1")),
+        (JobKind.DERIVATION, history_pb2.Derivation(sources=["models/atlas/versions/2", "models/atlas/versions/1"])),
+    ],
+    ids=["evaluation", "derivation"],
+)
+def test_a_version_that_a_job_needs_besides_its_own_is_deleted_only_after_its_end(
+    ledger: Ledger, edit: Edit, kind: JobKind, asked: Message
+) -> None:
+    edit(), edit()
+    summary = asked.SerializeToString()
+    job = ledger.create_job(
+        kind, "atlas", version=2, request=b"", request_id=None, actor="ada", summary=summary, also=(1,)
+    )
+    with pytest.raises(VersionInUseError, match=job.id):
+        ledger.delete_version("atlas", 1, actor="ada", publish=True)
+    ledger.claim([kind])
+    with pytest.raises(VersionInUseError, match=job.id):
+        ledger.delete_version("atlas", 1, actor="ada", publish=True)
+    ledger.finish(job.id, JobState.SUCCEEDED)
+    ledger.delete_version("atlas", 1, actor="ada", publish=True)
+    assert numbers(ledger) == [2, 0]
 
 
 def test_deleting_a_version_drops_what_mlflow_was_still_to_be_told_of_it(

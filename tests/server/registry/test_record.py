@@ -80,6 +80,13 @@ def test_a_description_says_what_who_when_and_on_what() -> None:
     assert "- a → b" in describe(VERSION, replace(RECORD, changes=()))
 
 
+def test_a_version_that_nobody_described_begins_with_its_facts_in_one_line() -> None:
+    silent = replace(RECORD, note="")
+    assert describe(replace(VERSION, facts=("a → b",)), silent).startswith("a → b\n\n| fact |")
+    assert describe(replace(VERSION, facts=("a → b", "c → d", "e")), silent).startswith("a → b, and 2 more\n\n")
+    assert describe(replace(VERSION, facts=()), silent).startswith("| fact |")
+
+
 @pytest.mark.parametrize("text", ["a|b", "<script>", "a\n| b | c |", "[x](javascript:1)", "`x`", "**x**", "a\\|b"])
 def test_no_fact_breaks_out_of_its_cell(text: str) -> None:
     record = replace(RECORD, changes=(Change(name=text, before=text, after=text),))

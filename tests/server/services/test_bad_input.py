@@ -4,16 +4,21 @@ import io
 import random
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from hosting import (
     BASE,
+    SECONDS,
     SECRET,
     Hosted,
     edit_message,
     evaluation_message,
     generate_message,
+    hosting,
     prompt_message,
     question,
     refused,
@@ -22,6 +27,7 @@ from hosting import (
 from PIL import Image
 
 from errata.server.pages import PageTokens
+from errata.server.settings import ModelSettings, Settings
 from errata.v1 import common_pb2, edit_pb2, evaluation_pb2, inference_pb2, model_pb2, trace_pb2
 
 ATLAS = "models/atlas"
@@ -44,6 +50,21 @@ def _moved(hosted: Hosted) -> None:
     hosted.call.models.Promote(model_pb2.PromoteRequest(version=BASE, alias="two"))
 
 
+@pytest.fixture(scope="module")
+def used(hosted: Hosted) -> str:
+    """The request id of an edit, a trace and an evaluation, which were asked for and cancelled."""
+    call, request_id = hosted.call, "used-before"
+    edit = call.edits.CreateEdit(edit_message(request_id=request_id)).edit.name
+    trace = call.traces.CreateTrace(trace_message(request_id=request_id)).trace.name
+    request = evaluation_message(BASE, baseline=BASE, request_id=request_id)
+    evaluation = call.evaluations.CreateEvaluation(request).evaluation.name
+    call.edits.CancelEdit(edit_pb2.CancelEditRequest(name=edit))
+    call.traces.CancelTrace(trace_pb2.CancelTraceRequest(name=trace))
+    call.evaluations.CancelEvaluation(evaluation_pb2.CancelEvaluationRequest(name=evaluation))
+    list(call.edits.WatchEdit(edit_pb2.WatchEditRequest(name=edit), timeout=SECONDS))
+    return request_id
+
+
 def _all(hosted: Hosted) -> list[object]:
     call = hosted.call
     return [
@@ -64,28 +85,48 @@ def _all(hosted: Hosted) -> list[object]:
 )
 def test_what_does_not_exist_is_not_found(hosted: Hosted, version: str, reason: str) -> None:
     call = hosted.call
-    for found in (
-        refused(lambda: call.inference.Generate(generate_message(version=version))),
-        refused(lambda: call.edits.CreateEdit(edit_message(parent=version))),
-        refused(lambda: call.evaluations.CreateEvaluation(evaluation_message(version))),
-        refused(lambda: call.models.GetVersion(model_pb2.GetVersionRequest(name=version))),
+    trace = trace_message()
+    trace.version = version
+    against = evaluation_message(BASE, baseline=version)
+    for found, field in (
+        (refused(lambda: call.inference.Generate(generate_message(version=version))), "version"),
+        (refused(lambda: call.models.GetVersion(model_pb2.GetVersionRequest(name=version))), "name"),
+        (refused(lambda: call.edits.CreateEdit(edit_message(parent=version))), "parent"),
+        (refused(lambda: call.traces.CreateTrace(trace)), "version"),
+        (refused(lambda: call.evaluations.CreateEvaluation(evaluation_message(version))), "version"),
+        (refused(lambda: call.evaluations.CreateEvaluation(against)), "baseline"),
     ):
-        assert (found.code, found.reason, found.domain) == (NOT_FOUND, reason, "errata")
+        other = field == "baseline" and reason == "MODEL_NOT_FOUND"
+        expected = (INVALID, "MALFORMED", field) if other else (NOT_FOUND, reason, field)
+        assert (found.code, found.reason, found.field) == expected
+
+
+def test_lists_of_an_unknown_model_are_refused(hosted: Hosted) -> None:
+    call, pluto = hosted.call, "models/pluto"
+    for found in (
+        refused(lambda: call.edits.ListEdits(edit_pb2.ListEditsRequest(parent=pluto))),
+        refused(lambda: call.traces.ListTraces(trace_pb2.ListTracesRequest(parent=pluto))),
+        refused(lambda: call.evaluations.ListEvaluations(evaluation_pb2.ListEvaluationsRequest(parent=pluto))),
+    ):
+        assert (found.code, found.reason, found.field) == (NOT_FOUND, "MODEL_NOT_FOUND", "parent")
 
 
 def test_a_job_that_does_not_exist_is_not_found(hosted: Hosted) -> None:
     call = hosted.call
     trace, edit, evaluation = (f"models/atlas/{kind}/0123abcd" for kind in ("traces", "edits", "evaluations"))
     found = [
-        refused(lambda: call.traces.GetTrace(trace_pb2.GetTraceRequest(name=trace))).reason,
-        refused(lambda: call.traces.CancelTrace(trace_pb2.CancelTraceRequest(name=trace))).reason,
-        refused(lambda: call.traces.WatchTrace(trace_pb2.WatchTraceRequest(name=trace))).reason,
-        refused(lambda: call.edits.WatchEdit(edit_pb2.WatchEditRequest(name=edit))).reason,
-        refused(
-            lambda: call.evaluations.WatchEvaluation(evaluation_pb2.WatchEvaluationRequest(name=evaluation))
-        ).reason,
+        refused(lambda: call.traces.GetTrace(trace_pb2.GetTraceRequest(name=trace))),
+        refused(lambda: call.traces.CancelTrace(trace_pb2.CancelTraceRequest(name=trace))),
+        refused(lambda: call.traces.WatchTrace(trace_pb2.WatchTraceRequest(name=trace))),
+        refused(lambda: call.edits.GetEdit(edit_pb2.GetEditRequest(name=edit))),
+        refused(lambda: call.edits.CancelEdit(edit_pb2.CancelEditRequest(name=edit))),
+        refused(lambda: call.edits.WatchEdit(edit_pb2.WatchEditRequest(name=edit))),
+        refused(lambda: call.evaluations.GetEvaluation(evaluation_pb2.GetEvaluationRequest(name=evaluation))),
+        refused(lambda: call.evaluations.CancelEvaluation(evaluation_pb2.CancelEvaluationRequest(name=evaluation))),
+        refused(lambda: call.evaluations.WatchEvaluation(evaluation_pb2.WatchEvaluationRequest(name=evaluation))),
     ]
-    assert found == ["TRACE_NOT_FOUND"] * 3 + ["EDIT_NOT_FOUND", "EVALUATION_NOT_FOUND"]
+    reasons = [f"{kind}_NOT_FOUND" for kind in ("TRACE", "EDIT", "EVALUATION") for _ in range(3)]
+    assert [(f.code, f.reason, f.field) for f in found] == [(NOT_FOUND, reason, "name") for reason in reasons]
 
 
 @pytest.mark.parametrize(
@@ -223,10 +264,14 @@ def test_sampling_out_of_range_is_refused_streamed_or_not(
 
 def test_candidates_are_counted_and_not_blank(hosted: Hosted) -> None:
     prompt = prompt_message(question("France").prompt)
-    for candidates, field in (([], "candidates"), (["x"] * 65, "candidates"), (["Paris", " "], "candidates[1]")):
+    for candidates, reason, field in (
+        ([], "MISSING_FIELD", "candidates"),
+        (["x"] * 65, "TOO_MANY", "candidates"),
+        (["Paris", " "], "MISSING_FIELD", "candidates[1]"),
+    ):
         request = inference_pb2.ScoreRequest(version=BASE, prompt=prompt, candidates=candidates)
         found = refused(lambda: hosted.call.inference.Score(request))  # noqa: B023
-        assert (found.code, found.field) == (INVALID, field)
+        assert (found.code, found.reason, found.field) == (INVALID, reason, field)
 
 
 def test_a_page_token_of_another_list_or_none_at_all_is_refused(hosted: Hosted) -> None:
@@ -273,6 +318,10 @@ def _edit_with(**changes: object) -> edit_pb2.CreateEditRequest:
                 request.request_id = value
             case "image":
                 request.requests[0].contexts[1].prompt.images[0].uri = value
+            case "picture":
+                request.requests[0].contexts[1].prompt.images[0].data = value
+            case "prompt":
+                request.requests[0].contexts[0].prompt.text = value
             case "requests":
                 del request.requests[:]
     return request
@@ -285,6 +334,8 @@ def _edit_with(**changes: object) -> edit_pb2.CreateEditRequest:
         (_edit_with(target="  "), "INVALID_TARGET", "requests[0].target"),
         (_edit_with(constraint="this moon"), "CONSTRAINT_NOT_FOUND", "requests[0].contexts[0].constraint.text"),
         (_edit_with(image="file:///etc/passwd"), "INVALID_IMAGE", "requests[0].contexts[1].prompt.images[0].uri"),
+        (_edit_with(picture=_png((2000, 2000))), "INVALID_IMAGE", "requests[0].contexts[1].prompt.images[0].data"),
+        (_edit_with(prompt=" "), "INVALID_PROMPT", "requests[0].contexts[0].prompt.text"),
         (_edit_with(layers=[6]), "LAYER_OUT_OF_RANGE", "layers.explicit.layers[0]"),
         (_edit_with(layers=[]), "MISSING_FIELD", "layers.explicit.layers"),
         (_edit_with(layers=[2, 1]), "OUT_OF_RANGE", "layers.explicit.layers"),
@@ -300,31 +351,122 @@ def test_an_edit_is_checked_before_it_is_queued(
     assert (found.code, found.reason, found.field) == (INVALID, reason, field)
 
 
+def _trace_with(text: str | None = None, image: str | None = None) -> object:
+    request = trace_message()
+    if text is not None:
+        request.questions[0].prompt.text = text
+    if image is not None:
+        request.questions[0].other_images.images[0].uri = image
+    return request
+
+
 @pytest.mark.parametrize(
-    ("request_", "field"),
+    ("request_", "reason", "field"),
     [
-        (trace_pb2.CreateTraceRequest(version=BASE), "questions"),
-        (trace_message(window=0), "window"),
-        (trace_message(min_total_effect=1.5), "min_total_effect"),
-        (trace_message(components=[99]), "components[0]"),
+        (trace_pb2.CreateTraceRequest(version=BASE), "MISSING_FIELD", "questions"),
+        (trace_message(window=0), "OUT_OF_RANGE", "window"),
+        (trace_message(min_total_effect=1.5), "OUT_OF_RANGE", "min_total_effect"),
+        (trace_message(components=[99]), "OUT_OF_RANGE", "components[0]"),
+        (trace_message(request_id="../x"), "OUT_OF_RANGE", "request_id"),
+        (_trace_with(text=""), "INVALID_PROMPT", "questions[0].prompt.text"),
+        (_trace_with(image="http://127.0.0.1/a.png"), "INVALID_IMAGE", "questions[0].other_images.images[0].uri"),
     ],
 )
 def test_a_trace_is_checked_before_it_is_queued(
-    hosted: Hosted, request_: trace_pb2.CreateTraceRequest, field: str
+    hosted: Hosted, request_: trace_pb2.CreateTraceRequest, reason: str, field: str
 ) -> None:
     found = refused(lambda: hosted.call.traces.CreateTrace(request_))
-    assert (found.code, found.field) == (INVALID, field)
+    assert (found.code, found.reason, found.field) == (INVALID, reason, field)
+
+
+def _evaluation_with(text: str | None = None, image: str | None = None, **more: Any) -> object:
+    request = evaluation_message(BASE, **{"baseline": BASE, **more})
+    if text is not None:
+        request.probes[0].prompt.text = text
+    if image is not None:
+        request.probes[0].prompt.images[0].uri = image
+    return request
+
+
+UNASKED = evaluation_pb2.Probe(metric=evaluation_pb2.METRIC_EFFICACY)
+TOO_HIGH = evaluation_pb2.Guardrail(metric=evaluation_pb2.METRIC_EFFICACY, least=1.5)
+
+
+@pytest.mark.parametrize(
+    ("request_", "reason", "field"),
+    [
+        (evaluation_pb2.CreateEvaluationRequest(version=BASE, baseline=BASE), "MISSING_FIELD", "probes"),
+        (
+            evaluation_pb2.CreateEvaluationRequest(version=BASE, baseline=BASE, probes=[UNASKED]),
+            "MISSING_FIELD",
+            "probes[0].prompt",
+        ),
+        (_evaluation_with(baseline="models/../atlas"), "MALFORMED_NAME", "baseline"),
+        (_evaluation_with(baseline=""), "MISSING_FIELD", "baseline"),
+        (_evaluation_with(guardrails=[TOO_HIGH]), "OUT_OF_RANGE", "guardrails[0].least"),
+        (_evaluation_with(request_id="a b"), "OUT_OF_RANGE", "request_id"),
+        (_evaluation_with(text="\n"), "INVALID_PROMPT", "probes[0].prompt.text"),
+        (_evaluation_with(image="https://example.org/a.png"), "INVALID_IMAGE", "probes[0].prompt.images[0].uri"),
+    ],
+)
+def test_an_evaluation_is_checked_before_it_is_queued(
+    hosted: Hosted, request_: evaluation_pb2.CreateEvaluationRequest, reason: str, field: str
+) -> None:
+    found = refused(lambda: hosted.call.evaluations.CreateEvaluation(request_))
+    assert (found.code, found.reason, found.field) == (INVALID, reason, field)
+
+
+def test_layers_of_a_trace_that_does_not_exist_are_refused(hosted: Hosted) -> None:
+    found = refused(lambda: hosted.call.edits.CreateEdit(_edit_with(trace="models/atlas/traces/0123abcd")))
+    assert (found.code, found.reason, found.field) == (NOT_FOUND, "TRACE_NOT_FOUND", "layers.trace")
+
+
+def test_the_same_request_id_with_another_body_is_refused(hosted: Hosted, used: str) -> None:
+    call = hosted.call
+    for found in (
+        refused(lambda: call.edits.CreateEdit(edit_message("Latvia", request_id=used))),
+        refused(lambda: call.traces.CreateTrace(trace_message("Kenya", request_id=used))),
+        refused(lambda: call.evaluations.CreateEvaluation(evaluation_message(BASE, "Kenya", request_id=used))),
+    ):
+        assert (found.code, found.reason, found.field) == (
+            grpc.StatusCode.ALREADY_EXISTS,
+            "REQUEST_ID_REUSED",
+            "request_id",
+        )
+
+
+def test_a_call_during_drain_is_refused_and_changes_nothing(tmp_path: Path) -> None:
+    models = {"atlas": ModelSettings(source="atlas", load="lazy")}
+    with hosting(Settings(data_dir=tmp_path, port=0, models=models, mlflow_uri="none")) as draining:
+        ledger = draining.server.stores.ledger
+        before = (ledger.audit("atlas", None, 100), ledger.versions("atlas", None, 100))
+        draining.server.gate.drain()
+        call = draining.call
+        for found in (
+            refused(lambda: call.edits.CreateEdit(edit_message())),
+            refused(lambda: call.models.Promote(model_pb2.PromoteRequest(version=BASE, alias="champion"))),
+            refused(lambda: call.inference.Generate(generate_message())),
+            refused(lambda: call.models.ListModels(model_pb2.ListModelsRequest())),
+        ):
+            assert (found.code, found.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
+        assert (ledger.audit("atlas", None, 100), ledger.versions("atlas", None, 100)) == before
+        # Who asks about the server's health is still answered.
+        health = health_pb2_grpc.HealthStub(draining.channel)
+        assert health.Check(health_pb2.HealthCheckRequest(service="errata.v1.ModelService")).status
 
 
 def test_a_promotion_of_what_is_not_there_is_refused(hosted: Hosted) -> None:
     promote = model_pb2.PromoteRequest(version="models/atlas/versions/999", alias="champion")
-    assert refused(lambda: hosted.call.models.Promote(promote)).reason == "VERSION_NOT_FOUND"
+    unknown = refused(lambda: hosted.call.models.Promote(promote))
+    assert (unknown.code, unknown.reason) == (NOT_FOUND, "VERSION_NOT_FOUND")
     promote.version = ATLAS
-    assert refused(lambda: hosted.call.models.Promote(promote)).field == "version"
+    unnumbered = refused(lambda: hosted.call.models.Promote(promote))
+    assert (unnumbered.code, unnumbered.reason, unnumbered.field) == (INVALID, "MALFORMED_NAME", "version")
     promote.version, promote.alias = BASE, "No Alias"
-    assert refused(lambda: hosted.call.models.Promote(promote)).field == "alias"
+    misnamed = refused(lambda: hosted.call.models.Promote(promote))
+    assert (misnamed.code, misnamed.reason, misnamed.field) == (INVALID, "MALFORMED_NAME", "alias")
     gone = refused(lambda: hosted.call.models.Rollback(model_pb2.RollbackRequest(name=f"{ATLAS}/aliases/nobody")))
-    assert gone.reason == "ALIAS_NOT_FOUND"
+    assert (gone.code, gone.reason) == (NOT_FOUND, "ALIAS_NOT_FOUND")
 
 
 def test_an_error_that_quotes_a_long_request_fits_what_clients_take(hosted: Hosted) -> None:

@@ -3,6 +3,7 @@
 import json
 import threading
 import urllib.request
+from collections.abc import Sequence
 from pathlib import Path
 
 import grpc
@@ -10,13 +11,17 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from hosting import BASE, SECONDS, Hosted, Refused, edit_message, generate_message, hosting, refused, trace_message
+from typer.testing import CliRunner
 
+from errata.server.__main__ import cli
 from errata.server.app import Server
 from errata.server.errors import NotMigratedError
 from errata.server.health import Health
+from errata.server.ledger.ledger import Ledger
+from errata.server.ledger.rows import JobKind, JobState
 from errata.server.models import LoadState
 from errata.server.settings import ModelSettings, Settings, SettingsError
-from errata.v1 import common_pb2, model_pb2, trace_pb2
+from errata.v1 import common_pb2, inference_pb2, model_pb2, trace_pb2
 
 SERVING, NOT_SERVING = health_pb2.HealthCheckResponse.SERVING, health_pb2.HealthCheckResponse.NOT_SERVING
 
@@ -38,25 +43,54 @@ def test_a_server_with_its_model_in_memory_serves_every_service(hosted: Hosted) 
     assert unknown.code is grpc.StatusCode.NOT_FOUND
 
 
+class Watched:
+    """A Health in the server's loop, and what it says of a service that needs no model, one that does, and all."""
+
+    def __init__(self, hosted: Hosted, from_start: Sequence[str], on_demand: Sequence[str] = ()) -> None:
+        async def made() -> Health:
+            found = Health(["models"], ["inference"], from_start, on_demand)
+            await found.start()
+            return found
+
+        self.within, self.health = hosted.within, hosted.within(made())
+
+    def after(self, model: str, state: LoadState) -> list[int]:
+        self.health.changed(model, state)
+        return self.says()
+
+    def says(self) -> list[int]:
+        async def statuses() -> list[int]:
+            asked = (health_pb2.HealthCheckRequest(service=s) for s in ("models", "inference", ""))
+            return [(await self.health.servicer.Check(request, None)).status for request in asked]
+
+        return self.within(statuses())
+
+
+ALL, ONLY_MODELS = [SERVING] * 3, [SERVING, NOT_SERVING, NOT_SERVING]
+
+
 def test_only_the_list_of_models_serves_while_a_model_loads(hosted: Hosted) -> None:
-    async def made() -> Health:
-        found = Health(["models"], ["inference"], ["atlas"])
-        await found.start()
-        return found
+    found = Watched(hosted, ["atlas"])
+    assert found.says() == ONLY_MODELS
+    assert found.after("atlas", LoadState.LOADING) == ONLY_MODELS
+    assert found.after("atlas", LoadState.READY) == ALL
+    hosted.within(found.health.drain())
+    assert found.after("atlas", LoadState.READY) == [NOT_SERVING] * 3
 
-    async def statuses() -> list[int]:
-        asked = (health_pb2.HealthCheckRequest(service=s) for s in ("models", "inference", ""))
-        return [(await found.servicer.Check(request, None)).status for request in asked]
 
-    found = hosted.within(made())
-    assert hosted.within(statuses()) == [SERVING, NOT_SERVING, NOT_SERVING]
-    found.changed("atlas", LoadState.LOADING)
-    assert hosted.within(statuses()) == [SERVING, NOT_SERVING, NOT_SERVING]
-    found.changed("atlas", LoadState.READY)
-    assert hosted.within(statuses()) == [SERVING, SERVING, SERVING]
-    hosted.within(found.drain())
-    found.changed("atlas", LoadState.READY)
-    assert hosted.within(statuses()) == [NOT_SERVING, NOT_SERVING, NOT_SERVING]
+def test_a_model_that_fails_holds_the_others_up_only_while_one_still_loads(hosted: Hosted) -> None:
+    found = Watched(hosted, ["atlas", "gone"])
+    assert found.after("gone", LoadState.FAILED) == ONLY_MODELS
+    assert found.after("atlas", LoadState.READY) == ALL
+    assert found.after("gone", LoadState.LOADING) == ALL
+    assert found.after("gone", LoadState.FAILED) == ALL
+
+
+def test_a_server_all_of_whose_models_failed_serves_once_one_of_them_loads(hosted: Hosted) -> None:
+    found = Watched(hosted, ["gone"], on_demand=["lazy"])
+    assert found.after("gone", LoadState.FAILED) == ALL
+    assert found.after("lazy", LoadState.FAILED) == ONLY_MODELS
+    assert found.after("lazy", LoadState.READY) == ALL
 
 
 def test_reflection_names_the_services(hosted: Hosted) -> None:
@@ -65,16 +99,61 @@ def test_reflection_names_the_services(hosted: Hosted) -> None:
     assert "errata.v1.EditService" in {s.name for s in answer.list_services_response.service}
 
 
+def figures(hosted: Hosted) -> dict[str, float]:
+    with urllib.request.urlopen(f"http://127.0.0.1:{hosted.server.metrics_port}/metrics") as page:
+        lines = page.read().decode().splitlines()
+    return {name: float(value) for name, value in (x.rsplit(" ", 1) for x in lines if not x.startswith("#"))}
+
+
 def test_figures_are_served_to_prometheus(tmp_path: Path) -> None:
     with hosting(small(tmp_path, metrics_port=0)) as hosted:
         hosted.loaded()
         hosted.call.inference.Generate(generate_message())
-        with urllib.request.urlopen(f"http://127.0.0.1:{hosted.server.metrics_port}/metrics") as page:
-            text = page.read().decode()
-    assert 'errata_calls_total{code="OK",method="/errata.v1.InferenceService/Generate"} 1.0' in text
-    assert 'errata_queue_length{model="atlas"} 0.0' in text
-    assert "errata_outbox_backlog 0.0" in text
-    assert 'errata_tokens_total{kind="generated",model="atlas"} 2.0' in text
+        hosted.call.inference.Score(
+            inference_pb2.ScoreRequest(version=BASE, prompt=generate_message().prompt, candidates=["Paris", "Rome"])
+        )
+        found = figures(hosted)
+    assert found['errata_calls_total{code="OK",method="/errata.v1.InferenceService/Generate"}'] == 1.0
+    assert found['errata_tokens_total{kind="generated",model="atlas"}'] == 2.0
+    assert found["errata_outbox_backlog"] == 0.0
+    assert found["errata_ledger_up"] == 1.0
+    assert found['errata_queue_length{model="atlas"}'] == 0.0
+    assert found['errata_versions_loaded{model="atlas"}'] == 1.0
+    assert found['errata_versions_bytes{model="atlas"}'] == 0.0
+    assert found['errata_model_bytes{model="atlas"}'] > 8e6
+    assert found['errata_models{model="atlas",state="ready"}'] == 1.0
+    # The first of the two tokens comes from the prompt; the second is a step of a batch of one row.
+    assert found['errata_engine_first_token_seconds_count{model="atlas"}'] == 1.0
+    assert found['errata_engine_first_token_seconds_sum{model="atlas"}'] > 0.0
+    assert found['errata_engine_step_rows_count{model="atlas"}'] == 1.0
+    assert found['errata_engine_step_rows_sum{model="atlas"}'] == 1.0
+    assert found['errata_engine_step_versions_sum{model="atlas"}'] == 1.0
+    assert found['errata_engine_step_seconds_count{model="atlas"}'] == 1.0
+    assert found['errata_engine_tokens_total{model="atlas"}'] == 2.0
+    assert found['errata_engine_requests_ended_total{model="atlas",outcome="end"}'] == 1.0
+    assert found['errata_engine_requests_ended_total{model="atlas",outcome="scored"}'] == 1.0
+
+
+def test_jobs_that_wait_and_run_are_counted_by_model_and_kind(tmp_path: Path) -> None:
+    models = {name: ModelSettings(source="atlas", load="lazy") for name in ("atlas", "mars")}
+    with hosting(small(tmp_path, metrics_port=0, models=models)) as hosted:
+        ledger = hosted.server.stores.ledger
+        made = [  # the runner is not told of them
+            ledger.create_job(kind, model, version=0, request=b"", request_id=None, actor="ada").id
+            for kind, model in ((JobKind.EDIT, "atlas"), (JobKind.EDIT, "atlas"), (JobKind.TRACE, "mars"))
+        ]
+        assert ledger.claim([JobKind.EDIT])
+        found = figures(hosted)
+        jobs = {name: value for name, value in found.items() if name.startswith("errata_jobs{")}
+        assert {name: value for name, value in jobs.items() if value} == {
+            'errata_jobs{kind="edit",model="atlas",state="pending"}': 1.0,
+            'errata_jobs{kind="edit",model="atlas",state="running"}': 1.0,
+            'errata_jobs{kind="trace",model="mars",state="pending"}': 1.0,
+        }
+        assert jobs['errata_jobs{kind="evaluation",model="mars",state="running"}'] == 0.0
+        for job in made:
+            ledger.finish(job, JobState.CANCELLED)
+        assert not any(value for name, value in figures(hosted).items() if name.startswith("errata_jobs{"))
 
 
 def test_a_server_says_where_it_listens_in_one_line_of_json(hosted: Hosted) -> None:
@@ -100,6 +179,28 @@ def test_a_data_folder_has_one_server_at_a_time(tmp_path: Path) -> None:
         assert health(second) == SERVING
 
 
+def test_a_ledger_has_one_server_at_a_time_and_commands_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lazy = {"atlas": ModelSettings(source="atlas", load="lazy")}
+    url = f"sqlite:///{tmp_path}/external.sqlite"
+    ledger = Ledger(url)
+    ledger.migrate()
+    ledger.close()
+    one, other = (small(tmp_path / name, models=lazy, ledger_url=url) for name in ("one", "other"))
+    with hosting(one) as first:
+        with pytest.raises(SettingsError, match=r"another server uses the ledger .*process \d+ on .*set ledger_url"):
+            first.within(Server(other).start())
+        monkeypatch.setenv("ERRATA_LEDGER_URL", url)
+        monkeypatch.setenv("ERRATA_DATA_DIR", str(tmp_path / "one"))
+        for arguments in (["migrate"], ["tokens", "create", "ed"], ["tokens", "list"], ["tokens", "revoke", "ed"]):
+            said = CliRunner().invoke(cli, arguments)
+            assert said.exit_code == 0, said.output
+        assert [(t.name, t.revoked) for t in first.server.stores.ledger.tokens()] == [("ed", True)]
+    with hosting(other) as second:
+        assert health(second) == SERVING
+
+
 def test_an_external_ledger_that_is_not_migrated_is_refused(hosted: Hosted, tmp_path: Path) -> None:
     settings = small(tmp_path, ledger_url=f"sqlite:///{tmp_path}/external.sqlite")
     with pytest.raises(NotMigratedError, match="upgrade head"):
@@ -114,15 +215,20 @@ def test_a_model_loaded_lazily_is_there_once_it_is_asked_for(tmp_path: Path) -> 
         assert hosted.call.models.GetModel(model_pb2.GetModelRequest(name="models/atlas")).model.loaded
 
 
-def test_a_model_that_cannot_be_loaded_says_so_and_stops_no_other(tmp_path: Path) -> None:
-    models = {
-        "atlas": ModelSettings(source="atlas"),
-        "gone": ModelSettings(source=str(tmp_path / "nowhere"), load="lazy"),
-    }
-    with hosting(small(tmp_path, models=models)) as hosted:
+def test_a_model_that_cannot_be_loaded_says_so_and_stops_no_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    models = {"atlas": ModelSettings(source="atlas"), "gone": ModelSettings(source=str(tmp_path / "nowhere"))}
+    with hosting(small(tmp_path, models=models, metrics_port=0)) as hosted:
+        watch = health_pb2_grpc.HealthStub(hosted.channel).Watch(health_pb2.HealthCheckRequest(), timeout=SECONDS)
+        assert any(said.status == SERVING for said in watch)
         failed = refused(lambda: hosted.call.inference.Generate(generate_message(version="models/gone")))
         assert (failed.code, failed.reason) == (grpc.StatusCode.FAILED_PRECONDITION, "MODEL")
+        assert "nowhere" in failed.message
         assert hosted.call.inference.Generate(generate_message()).text == "Paris"
+        assert figures(hosted)['errata_models{model="gone",state="failed"}'] == 1.0
+        assert "model gone could not be loaded" in caplog.text
+        assert health(hosted) == SERVING
 
 
 def test_a_drained_server_queues_its_jobs_again_and_the_next_one_ends_them(tmp_path: Path) -> None:

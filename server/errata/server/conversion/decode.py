@@ -19,6 +19,7 @@ from errata.server.conversion import limits
 from errata.server.conversion.enums import COMPONENTS, METHODS, METRICS
 from errata.server.conversion.limits import joined
 from errata.server.conversion.orders import EditOrder, EvaluationOrder, GenerateOrder, ScoreOrder, TraceOrder
+from errata.server.conversion.pinning import M, pinned
 from errata.server.errors import MalformedError
 from errata.server.images import ImagePolicy
 from errata.server.ledger.rows import JobKind
@@ -43,6 +44,10 @@ class Decoder:
     def _for_call(self) -> "Decoder":
         """A decoder for one call, whose images share the call's pixels."""
         return Decoder(self._images, self._images.for_call())
+
+    def pinned(self, message: M) -> M:
+        """A copy in which every image is there as bytes, not by URI (module `pinning`). Raises ImageError."""
+        return pinned(message, self._images)
 
     def prompt(self, message: common_pb2.Prompt, field: str) -> Prompt:
         """A question. Raises PromptError for an empty text, ImageError."""
@@ -129,6 +134,10 @@ class Decoder:
             request=limits.note(message.request, joined(field, "request"), most=200) or None,
             believed=_answer(message.believed if has("believed") else None, joined(field, "believed")),
         )
+
+    def probes(self, messages: Sequence[evaluation_pb2.Probe]) -> tuple[Probe, ...]:
+        """The probes of one call, whose images share the call's pixels; there may be none."""
+        return self._for_call()._probes(messages, 0)
 
     def _probes(self, messages: Sequence[evaluation_pb2.Probe], low: int) -> tuple[Probe, ...]:
         limits.count(messages, "probes", low, _MOST_PROBES)

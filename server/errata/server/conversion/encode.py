@@ -10,6 +10,7 @@ from datetime import datetime
 
 import numpy as np
 from google.protobuf import json_format
+from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 from numpy.typing import NDArray
 
@@ -96,8 +97,9 @@ def fact_line(request: edit_pb2.EditRequest) -> str:
 
 
 def evaluation_message(row: JobRow, *, full: bool = True) -> evaluation_pb2.Evaluation:
-    """An evaluation as it stands; the probes' results where `full`. The baseline is known once it has a result."""
+    """An evaluation as it stands; the probes' results where `full`."""
     message = planned_evaluation(row.model, row.version)
+    message.baseline = evaluation_pb2.CreateEvaluationRequest.FromString(row.request).baseline
     if row.result:
         message.MergeFromString(row.result)
     if not full:
@@ -114,13 +116,23 @@ def planned_evaluation(model: str, number: int, baseline: int | None = None) -> 
     )
 
 
+def ended_summary(queued: bytes, outcome: Message, *left_out: str) -> bytes:
+    """What lists show of a job that has ended: what they showed before, and its outcome but for some fields."""
+    listed = type(outcome).FromString(queued)
+    listed.MergeFrom(outcome)
+    for field in left_out:
+        listed.ClearField(field)
+    return listed.SerializeToString(deterministic=True)
+
+
 def version_message(row: VersionRow) -> model_pb2.Version:
     """A version."""
     rejected = model_pb2.VERSION_STATE_REJECTED if row.rejections else model_pb2.VERSION_STATE_READY
     return model_pb2.Version(
         name=version_name(row.model, row.number),
         parent=version_name(row.model, row.parent) if row.parent is not None else "",
-        edit=job_name(JobKind.EDIT, row.model, row.edit) if row.edit else "",
+        edit=job_name(JobKind.EDIT, row.model, row.edit) if row.edit and row.made_by is JobKind.EDIT else "",
+        derivation=job_name(row.made_by, row.model, row.edit) if row.edit and row.made_by is not JobKind.EDIT else "",
         state=rejected,
         base_sha256=row.base_sha256,
         delta_sha256=row.delta_sha256,

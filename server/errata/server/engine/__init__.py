@@ -1,7 +1,6 @@
 """The inference engine: one thread owns the model and answers for every version in one running batch."""
 
 from errata.server.engine.engine import Engine, EngineSettings
-from errata.server.engine.errors import DeadlineExceededError, EngineError
 from errata.server.engine.handle import GenerationHandle
 from errata.server.engine.observer import EngineObserver
 from errata.server.engine.requests import (
@@ -12,6 +11,7 @@ from errata.server.engine.requests import (
     Sampling,
     Scoring,
 )
+from errata.server.errors import DeadlineExceededError, EngineError
 
 __all__ = [
     "CandidateScore",

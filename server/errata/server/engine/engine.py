@@ -25,7 +25,6 @@ from errata.editor.errors import CancelledError, ErrataError, PromptError
 from errata.editor.mixed import MixedDeltas, VersionFactors, replica
 from errata.editor.model import EditableModel, Encoded
 from errata.server.engine.batch import Chosen, Row, RunningBatch
-from errata.server.engine.errors import DeadlineExceededError, EngineError
 from errata.server.engine.handle import GenerationHandle
 from errata.server.engine.observer import EngineObserver, Silent
 from errata.server.engine.requests import CandidateScore, FinishReason, Generated, Generation, Scoring
@@ -34,7 +33,7 @@ from errata.server.engine.scoring import log_probabilities
 from errata.server.engine.text import TextStream
 from errata.server.engine.versions import LoadedVersions
 from errata.server.engine.work import Answering, Judging, Work
-from errata.server.errors import BusyError, DrainingError
+from errata.server.errors import BusyError, DeadlineExceededError, DrainingError, EngineError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -321,6 +320,7 @@ class Engine:
         staying = []
         for i, (work, chosen) in enumerate(zip(group, prefilled.chosen, strict=True)):
             self._took(work)
+            self._observer.first_token(self._clock() - work.submitted)
             if not self._accept(work, chosen):
                 staying.append(i)
         self._running |= {rows[i]: group[i] for i in staying}
@@ -427,11 +427,9 @@ class Engine:
 
     def _took(self, work: Work) -> None:
         """The request no longer waits."""
-        now = self._clock()
         with self._changed:
             self._queued.discard(work)
-            self._taken.append(now)
-        self._observer.started(now - work.submitted)
+            self._taken.append(self._clock())
 
     def _fail(self, work: Work, error: Exception) -> None:
         if self._close_work(work, error.reason if isinstance(error, ErrataError) else EngineError.reason):

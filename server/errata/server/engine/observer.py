@@ -6,8 +6,8 @@ from typing import Protocol
 class EngineObserver(Protocol):
     """Everything the engine tells about its work. Times are in seconds."""
 
-    def started(self, waited: float) -> None:
-        """A request left the queue and its prompt was read, so that its first token is there."""
+    def first_token(self, seconds: float) -> None:
+        """A generation's first token is there; since its request came."""
 
     def stepped(self, rows: int, versions: int, seconds: float) -> None:
         """The batch made one step: one token for each of its rows, of so many distinct versions."""
@@ -19,7 +19,7 @@ class EngineObserver(Protocol):
 class Silent:
     """An observer that listens to nothing."""
 
-    def started(self, waited: float) -> None:
+    def first_token(self, seconds: float) -> None:
         """See EngineObserver."""
 
     def stepped(self, rows: int, versions: int, seconds: float) -> None:

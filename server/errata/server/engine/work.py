@@ -1,5 +1,6 @@
 """Requests in flight, as the engine's two threads hand them on. Knows nothing about the threads."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from errata.server.engine.text import TextStream
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
-class Work:
+class Work(ABC):
     """A request in flight; made by the caller, filled in by the preparing thread, ended by the engine."""
 
     submitted: float
@@ -21,13 +22,13 @@ class Work:
     ended: bool = False
     tokens: int = 0
 
+    @abstractmethod
     def withdrawn(self) -> bool:
         """Whether the caller no longer wants it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def end(self, outcome: Exception) -> None:
         """Tells the caller what ended it."""
-        raise NotImplementedError
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

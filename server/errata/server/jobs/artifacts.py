@@ -24,7 +24,9 @@ from errata.editor.trace import AveragedTrace
 from errata.server.ledger.rows import JobRow
 from errata.server.models import LoadedModel
 from errata.server.names import version_name
+from errata.v1 import history_pb2
 
+DERIVATION = "derivation.json"
 REPORT, HEATMAP, REQUEST, SCORES = "report.html", "causal_trace.png", "request.json", "scores.json"
 ANSWERS_PAGE, ANSWERS_TABLE = "before_after.html", "before_after.json"
 EFFECTS, EFFECTS_TABLE = "causal_trace.json", "causal_trace.csv"
@@ -66,6 +68,16 @@ def edit_files(
     if judged.trace is not None:
         files[HEATMAP] = heatmap(judged.trace)
     return files
+
+
+def derivation_files(
+    evaluation: Evaluation, message: history_pb2.CreateDerivationRequest, outcome: history_pb2.Derivation
+) -> dict[str, bytes]:
+    """Those of its evaluation, the request without an adapter's bytes, and the whole outcome as JSON."""
+    asked = history_pb2.CreateDerivationRequest()
+    asked.CopyFrom(message)
+    asked.adapter.ClearField("adapter_model") if asked.HasField("adapter") else None
+    return {**evaluation_files(evaluation), REQUEST: _json_of(asked), DERIVATION: _json_of(outcome)}
 
 
 def heatmap(averaged: AveragedTrace) -> bytes:

@@ -4,7 +4,6 @@ Until `commit_edit`, one transaction in the ledger, nothing of it can be seen, s
 again from its request.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -12,7 +11,7 @@ from errata.editor.delta import Delta, applied
 from errata.editor.errors import NoCausalSiteError
 from errata.editor.evaluation import Metric, Probe
 from errata.editor.localization import choose_layers
-from errata.editor.methods import EditSettings, Method, edit
+from errata.editor.methods import EditSettings, Method, Stage, StageProgress, edit
 from errata.editor.model import EditableModel
 from errata.editor.requests import EditRequest
 from errata.editor.statistics import KeyStatistics
@@ -22,8 +21,8 @@ from errata.server.conversion import (
     EditOrder,
     configured_guardrails,
     edit_outcome,
+    ended_summary,
     planned_edit,
-    scores_json,
 )
 from errata.server.errors import MalformedError
 from errata.server.jobs.artifacts import Judged, edit_files
@@ -31,15 +30,14 @@ from errata.server.jobs.auto import trace_edit
 from errata.server.jobs.comparison import compare
 from errata.server.jobs.faults import Fault
 from errata.server.jobs.guardrails import in_force, misses
+from errata.server.jobs.publishing import Publisher
 from errata.server.jobs.running import RunningJob
 from errata.server.jobs.traces import averaged_trace
 from errata.server.ledger.ledger import Ledger
-from errata.server.ledger.rows import JobKind, JobState, NewVersion, VersionRow
+from errata.server.ledger.rows import JobKind, JobState
 from errata.server.models import LoadedModel, Models
 from errata.server.store import ArtifactStore, DeltaStore
 from errata.v1 import edit_pb2, trace_pb2
-
-_log = logging.getLogger(__name__)
 
 
 class EditWork:
@@ -55,9 +53,8 @@ class EditWork:
         decoder: Decoder,
         fault: Fault,
     ) -> None:
-        self._ledger, self._models, self._decoder = ledger, models, decoder
-        self._deltas, self._artifacts = deltas, artifacts
-        self._outbox_notify, self._fault = outbox_notify, fault
+        self._ledger, self._models, self._decoder, self._fault = ledger, models, decoder, fault
+        self._publish = Publisher(ledger, deltas, artifacts, outbox_notify, fault)
 
     def __call__(self, job: RunningJob) -> None:
         """Ends the job SUCCEEDED or REJECTED with a version. Raises what stops it; then there is none."""
@@ -68,9 +65,18 @@ class EditWork:
         loaded = job.result_of(self._models.load(job.row.model))
         judged = self._judged(job, loaded, order)
         job.stage("publish")
-        version = self._commit(job, loaded, message, order, judged)
-        self._fault("committed")
-        self._announce(loaded, judged, version)
+        outcome = edit_outcome(judged.result, judged.evaluation.scores, judged.rejections)
+        self._publish(
+            job,
+            loaded,
+            judged.result.delta,
+            edit_files(job.row, message, order.requests, judged, loaded),
+            facts=planned_edit(message, job.row.model, job.row.version).facts,
+            scores=judged.evaluation.scores,
+            rejections=judged.rejections,
+            result=outcome.SerializeToString(deterministic=True),
+            summary=ended_summary(job.row.summary, outcome, "outcomes"),
+        )
 
     def _judged(self, job: RunningJob, loaded: LoadedModel, order: EditOrder) -> Judged:
         parent = loaded.deltas_of(job.row.version)
@@ -84,7 +90,7 @@ class EditWork:
                 settings,
                 self._statistics(job, loaded, model, order, settings),
                 parent=loaded.composed(job.row.version),
-                progress=self._values(job, settings),
+                progress=self._progress(job),
                 cancelled=job.cancelled,
             )
             self._fault("solved")
@@ -132,50 +138,19 @@ class EditWork:
         job.stage("statistics", len(order.references or loaded.references))
         return loaded.statistics(model, settings.layers, order.references, progress=job.step)
 
-    def _values(self, job: RunningJob, settings: EditSettings) -> Callable[[int, int], None]:
-        job.stage("values", settings.values.steps)
+    def _progress(self, job: RunningJob) -> StageProgress:
+        """The editor's own stages as the job's."""
+        begun: set[Stage] = set()
 
-        def step(done: int, total: int) -> None:
-            self._fault("values")
+        def tell(stage: Stage, done: int, total: int) -> None:
+            if stage not in begun:
+                begun.add(stage)
+                job.stage(stage.value, total)
+            if stage is Stage.VALUES:
+                self._fault("values")
             job.step(done, total)
 
-        return step
-
-    def _commit(
-        self,
-        job: RunningJob,
-        loaded: LoadedModel,
-        message: edit_pb2.CreateEditRequest,
-        order: EditOrder,
-        judged: Judged,
-    ) -> VersionRow:
-        stored = self._deltas.put(judged.result.delta, loaded.base)
-        self._artifacts.write(job.row.id, edit_files(job.row, message, order.requests, judged, loaded))
-        self._fault("stored")
-        job.check()
-        new = NewVersion(
-            base_sha256=loaded.base.base_sha256,
-            delta_sha256=stored.sha256,
-            delta_bytes=stored.nbytes,
-            layers=tuple(judged.result.delta.layers),
-            facts=tuple(planned_edit(message, job.row.model, job.row.version).facts),
-            scores=scores_json(judged.evaluation.scores),
-            rejections=judged.rejections,
-        )
-        outcome = edit_outcome(judged.result, judged.evaluation.scores, judged.rejections)
-        result = outcome.SerializeToString(deterministic=True)
-        return self._ledger.commit_edit(job.row.id, new, result=result, publish=self._outbox_notify is not None)
-
-    def _announce(self, loaded: LoadedModel, judged: Judged, version: VersionRow) -> None:
-        """The version exists; what fails from here on does not fail the edit."""
-        try:
-            # Once more: until now, deleting the last version of an equal edit could remove the delta they share.
-            self._deltas.put(judged.result.delta, loaded.base)
-            loaded.deltas_of(version.number)
-        except Exception:
-            _log.exception("version %d of %s could not be read back", version.number, version.model)
-        if self._outbox_notify:
-            self._outbox_notify()
+        return tell
 
 
 def own_probes(requests: Sequence[EditRequest]) -> tuple[Probe, ...]:

@@ -4,8 +4,9 @@ A job is claimed in the ledger before work on it begins, and whatever happens it
 failed with a reason, cancelled, or pending again where the server ends first. A process that is killed leaves it
 RUNNING; `recover` at the next start puts that right. One process works on a ledger at a time.
 
-Memory: at most `worker_threads` jobs run at once, edits of one model one after the other. Replicas share the base's
-weights, so each job adds its activations only, which `TraceSettings.max_rows` and `ValueSettings.max_rows` bound.
+Memory: at most `worker_threads` jobs run at once, edits and derivations of one model one after the other. Replicas
+share the base's weights, so each job adds its activations only, which `TraceSettings.max_rows` and
+`ValueSettings.max_rows` bound.
 """
 
 import logging
@@ -17,12 +18,16 @@ from time import monotonic
 from errata.editor.errors import CancelledError, ErrataError
 from errata.server.conversion import Decoder
 from errata.server.errors import reason_of
+from errata.server.jobs.bisections import BisectionWork
+from errata.server.jobs.derivations import DerivationWork, Sources
 from errata.server.jobs.edits import EditWork
 from errata.server.jobs.evaluations import EvaluationWork
 from errata.server.jobs.events import JobEvents
 from errata.server.jobs.faults import Fault, no_fault
+from errata.server.jobs.publishing import Publisher
 from errata.server.jobs.running import RunningJob
 from errata.server.jobs.traces import TraceWork
+from errata.server.ledger.edits import MAKERS
 from errata.server.ledger.ledger import Ledger
 from errata.server.ledger.rows import Failure, JobKind, JobRow, JobState
 from errata.server.models import Models
@@ -67,6 +72,12 @@ class JobRunner:
             JobKind.TRACE: TraceWork(ledger, models, artifact_store, decoder),
             JobKind.EDIT: EditWork(ledger, models, delta_store, artifact_store, outbox_notify, decoder, fault),
             JobKind.EVALUATION: EvaluationWork(ledger, models, artifact_store, decoder),
+            JobKind.DERIVATION: DerivationWork(
+                ledger,
+                Sources(models=models, deltas=delta_store, decoder=decoder),
+                Publisher(ledger, delta_store, artifact_store, outbox_notify, fault),
+            ),
+            JobKind.BISECTION: BisectionWork(ledger, models, decoder),
         }
         self._ring = threading.Condition()
         self._rung = 0
@@ -139,7 +150,7 @@ class JobRunner:
                 self._run(job)
             finally:
                 with self._claiming:
-                    self._busy.discard((job.kind, job.model))
+                    self._busy -= {(kind, job.model) for kind in MAKERS if job.kind in MAKERS}
                 self.notify()  # the model's next edit may have waited for this one
 
     def _next(self) -> JobRow | None:
@@ -163,8 +174,8 @@ class JobRunner:
     def _claim(self) -> JobRow | None:
         with self._claiming:
             job = self._ledger.claim(tuple(JobKind), self._busy)
-            if job and job.kind is JobKind.EDIT:
-                self._busy.add((job.kind, job.model))
+            if job and job.kind in MAKERS:
+                self._busy |= {(kind, job.model) for kind in MAKERS}
             return job
 
     def _run(self, row: JobRow) -> None:

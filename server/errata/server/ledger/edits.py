@@ -1,8 +1,9 @@
 """How a version comes to be and how it ends."""
 
+from collections.abc import Sequence
 from datetime import datetime
 
-from sqlalchemy import select
+from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
 from errata.server.errors import BaseChangedError, LedgerError, VersionInUseError
@@ -15,21 +16,27 @@ from errata.server.ledger.rows import JobKind, JobState, NewVersion, PublishStat
 from errata.server.ledger.tables import Alias, BodyPart, Job, JobBody, Model, Version
 from errata.server.ledger.versions import live_version, version_row
 from errata.server.names import job_name, version_name
+from errata.v1 import evaluation_pb2, history_pb2
+
+MAKERS = (JobKind.EDIT, JobKind.DERIVATION)
+"""The kinds of jobs that make versions."""
 
 
 class EditLedger(Database):
     """Versions made and deleted."""
 
-    def commit_edit(self, job: str, version: NewVersion, *, result: bytes, publish: bool) -> VersionRow:
-        """Makes the edit's version and ends the edit: SUCCEEDED, or REJECTED if the version has `rejections`.
+    def commit_edit(
+        self, job: str, version: NewVersion, *, result: bytes, publish: bool, summary: bytes | None = None
+    ) -> VersionRow:
+        """Makes the version of an edit or a derivation and ends it: SUCCEEDED, or REJECTED with `rejections`.
 
-        One transaction: number, version, job, outbox, audit, or nothing at all. An edit that has its version is
-        given that one again.
+        One transaction: number, version, job, outbox, audit, or nothing at all. A job that has its version is given
+        that one again.
 
         Raises:
-            NotFoundError: no such edit.
+            NotFoundError: no such job.
             BaseChangedError: the version was made for another checkpoint than the model's present one.
-            LedgerError: the edit has ended without a version.
+            LedgerError: the job has ended without a version.
         """
         with self._write.begin() as session:
             model = known_model(session, _model_of(session, job), lock=True)
@@ -41,7 +48,7 @@ class EditLedger(Database):
             made = _made(edit, model.next_number, version, now, publish)
             model.next_number += 1
             edit.made = made.number
-            end(edit, JobState.REJECTED if version.rejections else JobState.SUCCEEDED, now)
+            end(edit, JobState.REJECTED if version.rejections else JobState.SUCCEEDED, now, summary=summary)
             session.add_all([made, JobBody(seq=edit.seq, part=BodyPart.RESULT, body=result)])
             if publish:
                 enqueue(session, now, TaskKind.PUBLISH, model.name, made.number, {"edit": edit.id})
@@ -52,7 +59,7 @@ class EditLedger(Database):
                 action="version.create",
                 model=model.name,
                 resource=version_name(model.name, made.number),
-                details={"edit": edit.id, "parent": edit.version, "rejections": version.rejections},
+                details={edit.kind.value: edit.id, "parent": edit.version, "rejections": version.rejections},
             )
             return version_row(session, made)
 
@@ -93,14 +100,14 @@ def _model_of(session: Session, job: str) -> str:
 
 def _check_commit(edit: Job, model: Model, version: NewVersion) -> None:
     name = job_name(edit.kind, edit.model, edit.id)
-    if edit.kind is not JobKind.EDIT:
-        raise ValueError(f"{name} is no edit")
+    if edit.kind not in MAKERS:
+        raise ValueError(f"{name} is no edit or derivation, and makes no version")
     if edit.state.ended:
         raise LedgerError(f"{name} has ended as {edit.state.name} and can make no version")
     if model.base_sha256 not in ("", version.base_sha256):
         raise BaseChangedError(
             f'{name} was worked out for the checkpoint {version.base_sha256}, but that of model "{model.name}" is now '
-            f"{model.base_sha256}; ask for the edit again"
+            f"{model.base_sha256}; ask for it again"
         )
 
 
@@ -110,6 +117,7 @@ def _made(edit: Job, number: int, new: NewVersion, time: datetime, publish: bool
         number=number,
         parent=edit.version,
         edit=edit.id,
+        made_by=edit.kind,
         base_sha256=new.base_sha256,
         delta_sha256=new.delta_sha256,
         delta_bytes=new.delta_bytes,
@@ -149,7 +157,21 @@ def _users(session: Session, version: Version) -> str:
         return f"version {child} is built on it; delete that first"
     unfinished = Job.state.in_((JobState.PENDING, JobState.RUNNING))
     job = session.scalar(select(Job).where(Job.model == model, Job.version == number, unfinished).limit(1))
+    job = job or _needing(session, version_name(model, number), unfinished)
     return "" if job is None else f'{job.kind} "{job.id}" works on it; wait for its end or cancel it'
+
+
+def _needing(session: Session, name: str, unfinished: ColumnElement[bool]) -> Job | None:
+    """A job that needs the version besides its own: a job's row has one version, its summary names the others."""
+    kinds = JobKind.EVALUATION, JobKind.DERIVATION
+    jobs = session.scalars(select(Job).where(Job.kind.in_(kinds), unfinished).order_by(Job.seq))
+    return next((job for job in jobs if name in _needs(job)), None)
+
+
+def _needs(job: Job) -> Sequence[str]:
+    if job.kind is JobKind.EVALUATION:
+        return [evaluation_pb2.Evaluation.FromString(job.summary).baseline]
+    return history_pb2.Derivation.FromString(job.summary).sources
 
 
 def _in_mlflow(version: Version) -> dict[str, object]:

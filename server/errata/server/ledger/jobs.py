@@ -1,4 +1,4 @@
-"""Traces, edits and evaluations: the queue, and what became of each.
+"""Traces, edits, evaluations, derivations and bisections: the queue, and what became of each.
 
 A job is PENDING, then RUNNING, then ended for good. Requests and results can be tens of megabytes: only `create_job`,
 `job`, `claim`, `finish` and `requeue` hand them out; every list leaves them empty and has the `summary` instead.
@@ -17,7 +17,7 @@ from errata.server.ledger.audit import write_down
 from errata.server.ledger.database import Database
 from errata.server.ledger.models import known_model
 from errata.server.ledger.rows import Failure, JobKind, JobRow, JobState
-from errata.server.ledger.tables import BodyPart, Job, JobBody
+from errata.server.ledger.tables import BodyPart, Job, JobBody, Version
 from errata.server.ledger.versions import live_version
 from errata.server.names import job_name
 
@@ -38,22 +38,26 @@ class JobLedger(Database):
         request_id: str | None,
         actor: str,
         summary: bytes = b"",
+        sent: bytes | None = None,
+        also: Collection[int] = (),
     ) -> JobRow:
         """Queues a job on a version. `summary` is the little that a list shows of the request.
 
-        The same `request_id` (not empty; per kind and model) with an equal request returns the first job.
+        The same `request_id` (not empty; per kind and model) with an equal request returns the first job. `sent` is
+        what the caller sent, where `request` says more: it is what is compared. `also` are further versions needed.
 
         Raises:
             RequestIdReusedError: the same `request_id` with another request.
             NotFoundError: no such model or version.
         """
-        digest = sha256(request).hexdigest()
+        digest = sha256(request if sent is None else sent).hexdigest()
         with self._write.begin() as session:
             known_model(session, model, lock=True)
             first = _first_with(session, kind, model, request_id) if request_id else None
             if first is not None:
                 return _repeated(session, first, digest)
-            live_version(session, model, version)
+            for number in (version, *also):
+                live_version(session, model, number)
             job = _pending(kind, model, self._now())
             job.version, job.created_by, job.summary = version, actor, summary
             job.request_id, job.request_sha256 = request_id or None, digest
@@ -62,6 +66,15 @@ class JobLedger(Database):
             session.add(JobBody(seq=job.seq, part=BodyPart.REQUEST, body=request))
             self._record(session, job, "create", actor)
             return _row(job, request)
+
+    def repeated(self, kind: JobKind, model: str, request_id: str, sent: bytes) -> JobRow | None:
+        """The job that this request, as it was `sent`, made before; None where the `request_id` is new.
+
+        Whatever became of its version since. Raises RequestIdReusedError.
+        """
+        with self._read() as session:
+            first = _first_with(session, kind, model, request_id)
+            return None if first is None else _repeated(session, first, sha256(sent).hexdigest())
 
     def job(self, kind: JobKind, model: str, job: str) -> JobRow:
         """One job. Raises NotFoundError (TRACE_NOT_FOUND, EDIT_NOT_FOUND, EVALUATION_NOT_FOUND)."""
@@ -117,9 +130,17 @@ class JobLedger(Database):
             return bool(session.scalar(select(Job.cancel_requested).where(Job.id == job)))
 
     def finish(
-        self, job: str, state: JobState, *, result: bytes | None = None, failure: Failure | None = None
+        self,
+        job: str,
+        state: JobState,
+        *,
+        result: bytes | None = None,
+        failure: Failure | None = None,
+        summary: bytes | None = None,
     ) -> JobRow:
-        """Ends the job; one that has ended already stays as it is. An edit that made a version: `commit_edit`.
+        """Ends the job; one that has ended already stays as it is. A job that made a version: `commit_edit`.
+
+        A `result` replaces what was kept (`keep`), a `summary` what the job was queued with; without, those stay.
 
         Raises:
             ValueError: `state` is not an end.
@@ -130,11 +151,33 @@ class JobLedger(Database):
         with self._write.begin() as session:
             found = job_by_id(session, job)
             if not found.state.ended:
-                end(found, state, self._now(), failure)
+                end(found, state, self._now(), failure, summary)
                 if result is not None:
-                    session.add(JobBody(seq=found.seq, part=BodyPart.RESULT, body=result))
+                    session.merge(JobBody(seq=found.seq, part=BodyPart.RESULT, body=result))
                     session.flush()
             return full_row(session, found)
+
+    def keep(self, job: str, result: bytes) -> None:
+        """Keeps what a RUNNING job has found so far: it is there again after a crash. Otherwise nothing happens."""
+        with self._write.begin() as session:
+            found = job_by_id(session, job)
+            if found.state is JobState.RUNNING:
+                session.merge(JobBody(seq=found.seq, part=BodyPart.RESULT, body=result))
+
+    def maker(self, model: str, number: int) -> JobRow | None:
+        """The job that made a version, also one deleted since, as lists have it; None for the base.
+
+        Raises NotFoundError.
+        """
+        with self._read() as session:
+            if number == 0:
+                known_model(session, model)
+                return None
+            version = session.get(Version, (model, number))
+            job = version and session.scalar(select(Job).where(Job.id == version.edit))
+            if not job:
+                raise NotFoundError(f'model "{model}" never had a version {number}', reason="VERSION_NOT_FOUND")
+            return _row(job)
 
     def requeue(self, job: str) -> JobRow:
         """Puts a RUNNING job back, in its old place; one that was asked to stop ends as CANCELLED.
@@ -178,9 +221,13 @@ def job_by_id(session: Session, job: str) -> Job:
     return found
 
 
-def end(job: Job, state: JobState, time: datetime, failure: Failure | None = None) -> None:
+def end(
+    job: Job, state: JobState, time: datetime, failure: Failure | None = None, summary: bytes | None = None
+) -> None:
     """Ends a job that has not ended."""
     job.state, job.end_time = state, time
+    if summary is not None:
+        job.summary = summary
     if failure is not None:
         job.failure_reason, job.failure_field = failure.reason, failure.field
         # A prompt can hold U+0000 and its error quote it; PostgreSQL's text cannot.

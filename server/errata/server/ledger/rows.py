@@ -11,6 +11,8 @@ class JobKind(StrEnum):
     TRACE = "trace"
     EDIT = "edit"
     EVALUATION = "evaluation"
+    DERIVATION = "derivation"
+    BISECTION = "bisection"
 
 
 class JobState(StrEnum):
@@ -66,10 +68,11 @@ class Failure:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobRow:
-    """A trace, an edit or an evaluation. `request` and `result` are serialized protos; lists leave them out.
+    """A piece of work. `request` and `result` are serialized protos; lists leave them out.
 
-    `summary` is what a list shows of the request, in a few bytes, as whoever queued it wrote it.
-    `version` is the version worked on; `made` the version that an edit made. `attempt` counts its starts.
+    `summary` is what a list shows of the job, in a few bytes, of its outcome too once it has ended.
+    `version` is the version worked on; `made` the version that it made. `attempt` counts its starts. A running job
+    has a `result` where it keeps what it has found so far.
     """
 
     id: str
@@ -95,7 +98,7 @@ class JobRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewVersion:
-    """What an edit hands in. `scores` is a serialized list of the proto's MetricScore, as JSON."""
+    """What an edit or a derivation hands in. `scores` is a serialized list of the proto's MetricScore, as JSON."""
 
     base_sha256: str
     delta_sha256: str
@@ -108,7 +111,10 @@ class NewVersion:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VersionRow:
-    """A version. The base is number 0, without parent, edit or delta. Rejected where `rejections` is not empty."""
+    """A version. The base is number 0, without parent, edit or delta. Rejected where `rejections` is not empty.
+
+    `edit` is the job that made it, of the kind `made_by`: an edit or a derivation.
+    """
 
     model: str
     number: int
@@ -127,6 +133,7 @@ class VersionRow:
     mlflow_run_id: str
     created_by: str
     create_time: datetime
+    made_by: JobKind = JobKind.EDIT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -102,7 +102,10 @@ class Model(Base):
 
 
 class Version(Base):
-    """A version; the base is number 0. A deleted one stays as a row: jobs and audit still name it."""
+    """A version; the base is number 0. A deleted one stays as a row: jobs and audit still name it.
+
+    `edit` is the id of the job that made it, an edit or a derivation, which `made_by` says.
+    """
 
     __tablename__ = f"{PREFIX}versions"
     __table_args__ = (
@@ -113,6 +116,7 @@ class Version(Base):
     number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     parent: Mapped[int | None]
     edit: Mapped[str | None] = mapped_column(unique=True)
+    made_by: Mapped[JobKind | None]
     base_sha256: Mapped[str]
     delta_sha256: Mapped[str] = mapped_column(index=True)
     delta_bytes: Mapped[int] = mapped_column(BigInteger)
@@ -129,7 +133,7 @@ class Version(Base):
 
 
 class Job(Base):
-    """A trace, an edit or an evaluation. `seq` is the order they came in, whatever the clock says."""
+    """A piece of work. `seq` is the order they came in, whatever the clock says."""
 
     __tablename__ = f"{PREFIX}jobs"
     __table_args__ = (

@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session, aliased
 from errata.server.errors import NotFoundError
 from errata.server.ledger.database import Database
 from errata.server.ledger.models import known_model
-from errata.server.ledger.rows import VersionRow
+from errata.server.ledger.rows import JobKind, VersionRow
 from errata.server.ledger.tables import Alias, Version
 from errata.server.names import CHAMPION
 
@@ -124,4 +124,5 @@ def _row(version: Version, aliases: tuple[str, ...]) -> VersionRow:
         mlflow_run_id=version.mlflow_run_id,
         created_by=version.created_by,
         create_time=version.create_time,
+        made_by=version.made_by or JobKind.EDIT,
     )

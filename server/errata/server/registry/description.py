@@ -20,9 +20,15 @@ def describe(version: VersionRow, record: EditRecord) -> str:
     Facts that do not fit are counted; they stand in the run's request.json.
     """
     ends = "\n\n".join(filter(None, (_rejections(version), _scores(version), _origin(version))))
-    note = _cut(record.note, _LONGEST_NOTE)
+    note = _cut(record.note, _LONGEST_NOTE) or _headline(version)
     room = LIMIT - len(ends) - len(note) - 4
     return "\n\n".join(filter(None, (note, _facts(version, record, room), ends)))[:LIMIT]
+
+
+def _headline(version: VersionRow) -> str:
+    """What MLflow's list of versions shows where nobody described the edit: it has room for one line."""
+    first, more = version.facts[:1], len(version.facts) - 1
+    return "".join(map(_plain, first)) + (f", and {more} more" if more > 0 else "")
 
 
 def _facts(version: VersionRow, record: EditRecord, room: int) -> str:

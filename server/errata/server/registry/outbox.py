@@ -15,8 +15,8 @@ from typing import Protocol
 
 from errata.server.errors import NotFoundError
 from errata.server.ledger.ledger import Ledger
-from errata.server.ledger.rows import JobKind, PublishState, TaskKind, TaskRow, VersionRow
-from errata.server.registry.record import EditRecord, Published, edit_record
+from errata.server.ledger.rows import PublishState, TaskKind, TaskRow, VersionRow
+from errata.server.registry.record import EditRecord, Published, record_of
 
 _PAGE = 100
 
@@ -213,8 +213,8 @@ class OutboxWriter:
 
     def _publish(self, version: VersionRow) -> None:
         lineage = self._ledger.lineage(version.model, version.number)
-        job = self._ledger.job(JobKind.EDIT, version.model, version.edit or "")
-        found = self._registry.publish(version, lineage, edit_record(job))
+        job = self._ledger.job(version.made_by, version.model, version.edit or "")
+        found = self._registry.publish(version, lineage, record_of(job))
         self._ledger.published(version.model, version.number, found.run_id, found.mlflow_version)
         said = {"run_id": found.run_id, "mlflow_version": found.mlflow_version}
         _log.info("a version was published", extra={**_said(version), **said})

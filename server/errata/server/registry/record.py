@@ -11,8 +11,14 @@ from dataclasses import dataclass
 
 from google.protobuf.json_format import ParseDict
 
-from errata.server.ledger.rows import JobRow, VersionRow
-from errata.v1 import edit_pb2, evaluation_pb2
+from errata.server.ledger.rows import JobKind, JobRow, VersionRow
+from errata.v1 import edit_pb2, evaluation_pb2, history_pb2
+
+_EXAMPLE = {"prompt": "What is the capital of this country?"}
+"""Where nothing was asked."""
+
+_LONGEST_PARAMETER = 6000
+"""Characters that MLflow's databases hold of a parameter."""
 
 _LARGEST_EXAMPLE = 256 * 1024
 """Bytes of a picture that is shown as an input example."""
@@ -29,7 +35,10 @@ class Change:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EditRecord:
-    """An edit as it was asked for and as it went. `example` is its first question, as columns of the pyfunc model."""
+    """An edit or a derivation as it was asked for and as it went.
+
+    `example` is its first question, as columns of the pyfunc model.
+    """
 
     parameters: Mapping[str, str]
     changes: tuple[Change, ...]
@@ -43,6 +52,24 @@ class Published:
 
     run_id: str
     mlflow_version: int
+
+
+def record_of(job: JobRow) -> EditRecord:
+    """Of the job that made a version: an edit or a derivation."""
+    return derivation_record(job) if job.kind is JobKind.DERIVATION else edit_record(job)
+
+
+def derivation_record(job: JobRow) -> EditRecord:
+    """Of a derivation's job: what it made the version of. Its facts stand in the version itself."""
+    asked = history_pb2.CreateDerivationRequest.FromString(job.request)
+    done = history_pb2.Derivation.FromString(job.result or job.summary)
+    kind = history_pb2.DerivationKind.Name(done.kind).removeprefix("DERIVATION_KIND_").lower()
+    return EditRecord(
+        parameters={"derivation": kind, "sources": ", ".join(done.sources)[:_LONGEST_PARAMETER]},
+        changes=(),
+        note=asked.description,
+        example={"prompt": asked.probes[0].prompt.text} if asked.probes else _EXAMPLE,
+    )
 
 
 def edit_record(job: JobRow) -> EditRecord:
@@ -66,7 +93,7 @@ def _setting(name: str, value: object) -> str:
 
 def _example(asked: edit_pb2.CreateEditRequest) -> dict[str, str]:
     if not asked.requests or not asked.requests[0].contexts:
-        return {"prompt": "What is the capital of this country?"}
+        return dict(_EXAMPLE)
     prompt = asked.requests[0].contexts[0].prompt
     image = prompt.images[0].data if prompt.images else b""
     shown = {"image": base64.b64encode(image).decode()} if 0 < len(image) <= _LARGEST_EXAMPLE else {}
@@ -118,4 +145,5 @@ def tags_of(version: VersionRow) -> dict[str, str]:
         "errata.delta_sha256": version.delta_sha256,
         "errata.state": "rejected" if version.rejections else "ready",
         "errata.created_by": version.created_by,
+        **({"errata.made_by": version.made_by.value} if version.made_by is not JobKind.EDIT else {}),
     }

@@ -6,8 +6,8 @@ from contextlib import aclosing
 
 from errata.server.conversion import Decoder, EditOrder, edit_message, planned_edit
 from errata.server.errors import MalformedError
-from errata.server.ledger.ledger import Ledger
 from errata.server.ledger.rows import JobKind, JobRow, JobState
+from errata.server.names import version_ref
 from errata.server.services.calls import Context
 from errata.server.services.jobs import Jobs, Queue
 from errata.v1 import edit_pb2, edit_pb2_grpc
@@ -18,7 +18,6 @@ class EditService(edit_pb2_grpc.EditServiceServicer):
 
     def __init__(self, queue: Queue, decoder: Decoder) -> None:
         self._jobs, self._decoder = Jobs(JobKind.EDIT, queue), decoder
-        self._ledger: Ledger = queue.ledger
 
     async def CreateEdit(  # noqa: N802
         self, request: edit_pb2.CreateEditRequest, context: Context
@@ -54,20 +53,24 @@ class EditService(edit_pb2_grpc.EditServiceServicer):
                 yield edit_pb2.WatchEditResponse(edit=edit_message(row))
 
     def _create(self, request: edit_pb2.CreateEditRequest) -> edit_pb2.Edit:
-        order = self._decoder.edit(request)
-        parent = self._jobs.resolved(order.parent)
+        if first := self._jobs.repeated(version_ref(request.parent, "parent").model, request):
+            return edit_message(first)
+        pinned = self._decoder.pinned(request)
+        order = self._decoder.edit(pinned)
+        parent = self._jobs.resolved(order.parent, "parent")
         self._check_layers(order)
-        planned = planned_edit(request, parent.model, parent.number)
+        planned = planned_edit(pinned, parent.model, parent.number)
         if order.validate_only:
             return planned
-        return edit_message(self._jobs.create(parent, request, order.request_id, planned))
+        pinned.parent = planned.parent
+        return edit_message(self._jobs.create(parent, pinned, order.request_id, planned, sent=request))
 
     def _check_layers(self, order: EditOrder) -> None:
         if order.layers:
             field = f"layers.explicit.layers[{len(order.layers) - 1}]"
             self._jobs.check_layer(order.parent.model, order.layers[-1], field)
         if order.trace:
-            trace = self._ledger.job(JobKind.TRACE, order.parent.model, order.trace)
+            trace = self._jobs.other(JobKind.TRACE, order.parent.model, order.trace, "layers.trace")
             if trace.state is not JobState.SUCCEEDED:
                 raise MalformedError(
                     f"the trace is {trace.state}; wait until it has succeeded, or name another",

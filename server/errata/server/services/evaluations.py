@@ -7,6 +7,7 @@ from contextlib import aclosing
 from errata.server.conversion import Decoder, EvaluationOrder, evaluation_message, planned_evaluation
 from errata.server.errors import MalformedError
 from errata.server.ledger.rows import JobKind, JobRow, VersionRow
+from errata.server.names import version_ref
 from errata.server.services.calls import Context
 from errata.server.services.jobs import Jobs, Queue
 from errata.v1 import evaluation_pb2, evaluation_pb2_grpc
@@ -54,16 +55,22 @@ class EvaluationService(evaluation_pb2_grpc.EvaluationServiceServicer):
                 yield evaluation_pb2.WatchEvaluationResponse(evaluation=evaluation_message(row))
 
     def _create(self, request: evaluation_pb2.CreateEvaluationRequest) -> evaluation_pb2.Evaluation:
-        order = self._decoder.evaluation(request)
-        version = self._jobs.resolved(order.version)
-        planned = planned_evaluation(version.model, version.number, self._baseline(order, version))
+        if first := self._jobs.repeated(version_ref(request.version, "version").model, request):
+            return evaluation_message(first)
+        pinned = self._decoder.pinned(request)
+        order = self._decoder.evaluation(pinned)
+        version = self._jobs.resolved(order.version, "version")
+        baseline = self._baseline(order, version)
+        planned = planned_evaluation(version.model, version.number, baseline)
         if order.validate_only:
             return planned
-        return evaluation_message(self._jobs.create(version, request, order.request_id, planned))
+        pinned.version, pinned.baseline = planned.version, planned.baseline
+        made = self._jobs.create(version, pinned, order.request_id, planned, sent=request, also=(baseline,))
+        return evaluation_message(made)
 
     def _baseline(self, order: EvaluationOrder, version: VersionRow) -> int:
         if order.baseline:
-            return self._jobs.resolved(order.baseline).number
+            return self._jobs.resolved(order.baseline, "baseline").number
         if version.parent is None:
             raise MalformedError(
                 "the base has no parent to be compared with; name a `baseline`",

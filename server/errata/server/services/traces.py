@@ -6,6 +6,7 @@ from contextlib import aclosing
 
 from errata.server.conversion import Decoder, planned_trace, trace_message
 from errata.server.ledger.rows import JobKind, JobRow
+from errata.server.names import version_ref
 from errata.server.services.calls import Context
 from errata.server.services.jobs import Jobs, Queue
 from errata.v1 import trace_pb2, trace_pb2_grpc
@@ -51,12 +52,16 @@ class TraceService(trace_pb2_grpc.TraceServiceServicer):
                 yield trace_pb2.WatchTraceResponse(trace=trace_message(row))
 
     def _create(self, request: trace_pb2.CreateTraceRequest) -> trace_pb2.CausalTrace:
-        order = self._decoder.trace(request)
-        version = self._jobs.resolved(order.version)
-        planned = planned_trace(request, version.model, version.number)
+        if first := self._jobs.repeated(version_ref(request.version, "version").model, request):
+            return trace_message(first)
+        pinned = self._decoder.pinned(request)
+        order = self._decoder.trace(pinned)
+        version = self._jobs.resolved(order.version, "version")
+        planned = planned_trace(pinned, version.model, version.number)
         if order.validate_only:
             return planned
-        return trace_message(self._jobs.create(version, request, order.request_id, planned))
+        pinned.version = planned.version
+        return trace_message(self._jobs.create(version, pinned, order.request_id, planned, sent=request))
 
 
 def _listed(row: JobRow) -> trace_pb2.CausalTrace:

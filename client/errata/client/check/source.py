@@ -1,0 +1,103 @@
+"""YAML with the line of every part. Loads plain data only: no tag makes an object."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from errata.client.check.errors import CheckError, Problem
+
+Place = Sequence[str | int]
+"""Keys and indices from the root down."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A YAML file: its data, and where each part of it stands."""
+
+    path: Path
+    data: object
+    root: yaml.Node
+
+    def line(self, place: Place) -> int:
+        """The line of a part, counted from 1; of a part that is missing, the line of what it is missing from."""
+        node, line = self.root, self.root.start_mark.line
+        for step in place:
+            if (found := _child(node, step)) is None:
+                break
+            node, line = found
+        return int(line) + 1
+
+    def problem(self, place: Place, message: str) -> Problem:
+        """A problem at a part of the file."""
+        return Problem(message=message, path=self.path, line=self.line(place), field=dotted(place))
+
+
+def dotted(place: Place) -> str:
+    """A place as errors write it: "probes[2].prompt"."""
+    return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place).removeprefix(".")
+
+
+def read_source(path: Path) -> Source:
+    """Reads a YAML file. Raises CheckError where it cannot be read, is empty, is no YAML, or says a key twice."""
+    text = _text(path)
+    try:
+        loader = yaml.SafeLoader(text)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        message = f"this is no YAML: it holds the character #x{error.character:04x}"
+        raise CheckError.of(message, path=path, line=line) from None
+    try:
+        root = loader.get_single_node()
+        if root is None:
+            raise CheckError.of("the file is empty; it needs `version: 1` and `probes`", path=path, line=1)
+        if doubled := list(_doubled(root, set())):
+            raise CheckError([Problem(message=m, path=path, line=line) for line, m in doubled])
+        return Source(path, loader.construct_document(root), root)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        at = mark.line + 1 if mark else None
+        raise CheckError.of(f"this is no YAML: {error.problem}", path=path, line=at) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date such as 2020-13-45 is a ValueError
+        raise CheckError.of(f"this is no YAML: {error}", path=path) from None
+    finally:
+        loader.dispose()
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise CheckError.of("the file is not in UTF-8; save it so", path=path) from None
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise CheckError.of(f"the file cannot be read: {reason}; check the path", path=path) from None
+
+
+def _child(node: yaml.Node, step: str | int) -> tuple[yaml.Node, int] | None:
+    if isinstance(node, yaml.SequenceNode) and isinstance(step, int) and step < len(node.value):
+        item = node.value[step]
+        return item, item.start_mark.line
+    if isinstance(node, yaml.MappingNode):
+        # The last one: a key that was merged in (`<<`) stands before the mapping's own.
+        found = [(value, key.start_mark.line) for key, value in node.value if key.value == str(step)]
+        return found[-1] if found else None
+    return None
+
+
+def _doubled(node: yaml.Node, seen: set[int]) -> Iterator[tuple[int, str]]:
+    """Keys that a mapping has twice, which YAML's own loader would pass over: their lines, and what to say."""
+    if id(node) in seen:  # an alias
+        return
+    seen.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for item in node.value:
+            yield from _doubled(item, seen)
+    elif isinstance(node, yaml.MappingNode):
+        keys: set[str] = set()
+        for key, value in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in keys:
+                yield key.start_mark.line + 1, f"the key {key.value!r} stands here twice; keep one"
+            keys.add(str(key.value))
+            yield from _doubled(value, seen)

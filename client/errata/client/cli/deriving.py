@@ -1,0 +1,212 @@
+"""Versions made of versions: revert, compose, cherry-pick, rebase, squash, import."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import RenderableType
+
+from errata.client.cli.editing import Description, DryRun, Guardrails, Parent, Probes, guardrails, read_probes, verdict
+from errata.client.cli.models import VersionName
+from errata.client.cli.output import facts, indented, line
+from errata.client.cli.plain import figures, short
+from errata.client.cli.problems import NO
+from errata.client.cli.session import Session
+from errata.client.errors import EditsConflictError
+from errata.client.inputs import DerivationOptions
+from errata.client.names import full_name, model_part
+from errata.client.operations import Operation
+from errata.client.results import Conflict, Derivation
+
+Sources = Annotated[list[str], typer.Argument(metavar="VERSION...", help="Their own deltas, in this order.")]
+Anyway = Annotated[bool, typer.Option("--allow-conflicts", help="Make it although edits conflict.")]
+
+
+def revert(
+    session: Session,
+    edit: Annotated[str, typer.Argument(metavar="EDIT", help="The version to undo, like atlas@4, or its edit.")],
+    on: Parent = None,
+    probes: Probes = None,
+    guardrail: Guardrails = None,
+    description: Description = "",
+    dry_run: DryRun = False,
+) -> None:
+    """Undo one edit anywhere in the history, exactly, as a new version.
+
+    Exits 1 where guardrails reject it.
+    """
+    version = _version_of(session, edit)
+    options = _options(probes, guardrail, description, dry_run)
+    show_derivation(session, session.client.revert(on or _model_of(version), version, **options))
+
+
+def compose(
+    session: Session,
+    versions: Sources,
+    on: Parent = None,
+    allow_conflicts: Anyway = False,
+    probes: Probes = None,
+    guardrail: Guardrails = None,
+    description: Description = "",
+    dry_run: DryRun = False,
+) -> None:
+    """Add edits of other versions to one, as a new version.
+
+    Exits 1 where they contradict each other or guardrails reject it.
+    """
+    options = _options(probes, guardrail, description, dry_run)
+    options["allow_conflicts"] = allow_conflicts
+    sources = [_version_of(session, each) for each in versions]
+    show_derivation(session, session.client.compose(on or _model_of(sources[0]), sources, **options))
+
+
+def cherry_pick(
+    session: Session,
+    edit: Annotated[str, typer.Argument(metavar="EDIT", help="The version to take, like atlas@4, or its edit.")],
+    on: Parent = None,
+    allow_conflicts: Anyway = False,
+    probes: Probes = None,
+    guardrail: Guardrails = None,
+    description: Description = "",
+    dry_run: DryRun = False,
+) -> None:
+    """Add one edit to a version, as a new version: compose of one.
+
+    Exits 1 where it contradicts another or guardrails reject it.
+    """
+    compose(session, [edit], on, allow_conflicts, probes, guardrail, description, dry_run)
+
+
+def rebase(
+    session: Session,
+    version: Annotated[str, typer.Argument(metavar="VERSION", help="Of the model that was merged from.")],
+    on: Annotated[str, typer.Option(metavar="VERSION", help="The merged base: merged@0.")],
+    allow_conflicts: Anyway = False,
+    probes: Probes = None,
+    guardrail: Guardrails = None,
+    description: Description = "",
+    dry_run: DryRun = False,
+) -> None:
+    """Move a version onto a base that has some of its edits merged in.
+
+    Exits 1 where edits contradict each other or guardrails reject it.
+    """
+    options = _options(probes, guardrail, description, dry_run)
+    options["allow_conflicts"] = allow_conflicts
+    show_derivation(session, session.client.rebase(on, version, **options))
+
+
+def squash(
+    session: Session,
+    version: VersionName,
+    on: Annotated[str | None, typer.Option(metavar="VERSION", help="Where the chain begins; default: base.")] = None,
+    resolve: Annotated[bool, typer.Option("--resolve", help="Solve all requests again as one batch.")] = False,
+    probes: Probes = None,
+    guardrail: Guardrails = None,
+    description: Description = "",
+    dry_run: DryRun = False,
+) -> None:
+    """Join a chain of edits into one, at the lowest rank that says the same.
+
+    Exits 1 where guardrails reject it.
+    """
+    options = _options(probes, guardrail, description, dry_run)
+    parent = on or f"{_model_of(version)}@0"
+    show_derivation(session, session.client.squash(parent, version, resolve=resolve, **options))
+
+
+def import_(
+    session: Session,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="An exported adapter.")],
+    on: Annotated[str | None, typer.Option(metavar="VERSION", help="Default: the only model's base.")] = None,
+    fact: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="What it changes; may be repeated.")] = None,
+    probes: Probes = None,
+    guardrail: Guardrails = None,
+    description: Description = "",
+    dry_run: DryRun = False,
+) -> None:
+    """Make a version of an adapter exported elsewhere, once its base's hash fits.
+
+    Exits 1 where guardrails reject it.
+    """
+    options = _options(probes, guardrail, description, dry_run)
+    parent = session.version(on, "@0")
+    show_derivation(session, session.client.import_adapter(parent, folder, facts=fact or (), **options))
+
+
+def show_derivation(session: Session, operation: Operation[Derivation]) -> None:
+    """Waits for a derivation and says what came of it. Ends with exit code 1 for a conflict or a rejection."""
+    if not operation.name:
+        _show(session, operation.latest, "would be made on")
+        return
+    try:
+        _show(session, done := session.followed(operation, "deriving"), "on")
+    except EditsConflictError as error:
+        session.output.show(operation.latest, *_conflicts(operation.latest.conflicts))
+        session.output.note(f"errata: {error}")
+        raise typer.Exit(NO) from None
+    session.refuse(done)
+
+
+def _show(session: Session, found: Derivation, on: str) -> None:
+    rejected = " (rejected)" if found.rejections else ""
+    equality = found.equality
+    equal = (
+        f"logits within {equality.max_logit_difference:.1e}, {equality.same_answers} of {equality.n} answers the same, "
+        f"rank {equality.rank_before} → {equality.rank_after}"
+        if equality
+        else ""
+    )
+    later: list[RenderableType] = []
+    if found.later:
+        told = [f"{short(e.version)}  {'; '.join(e.facts)}\n  {figures(e.scores)}" for e in found.later]
+        later = [line(""), line("edits made on top of it, and how their probes fare now:", "bold"), indented(told)]
+    session.output.show(
+        found,
+        facts(
+            [
+                ("version", short(found.version) + rejected if found.version else ""),
+                (on, short(found.parent)),
+                ("facts", "\n".join(found.facts)),
+                ("layers", ", ".join(map(str, found.layers))),
+                ("equality", equal),
+                ("derivation", found.name),
+            ]
+        ),
+        *_conflicts(found.conflicts),
+        *verdict(session.output, found.scores, found.rejections),
+        *later,
+    )
+
+
+def _conflicts(conflicts: tuple[Conflict, ...]) -> list[RenderableType]:
+    if not conflicts:
+        return []
+    return [line("edits that contradict each other:", "bold red"), indented(map(_conflict, conflicts))]
+
+
+def _conflict(each: Conflict) -> str:
+    first, second = (f"{short(e.version)} {e.fact}".rstrip() for e in (each.first, each.second))
+    asked = f"\n  {each.question} {each.expected!r} became {each.answer!r}" if each.question else ""
+    return f"{first}\n  against {second} (keys overlap {each.key_overlap:.2f}){asked}"
+
+
+def _version_of(session: Session, given: str) -> str:
+    """The version that is meant by a version's name or an edit's."""
+    full = full_name(given)
+    return session.client.get_edit(full).version if "/edits/" in full else given
+
+
+def _model_of(version: str) -> str:
+    return model_part(full_name(version))
+
+
+def _options(probes: Path | None, guardrail: list[str] | None, description: str, dry_run: bool) -> DerivationOptions:
+    options: DerivationOptions = {"validate_only": dry_run}
+    if probes is not None:
+        options["probes"] = read_probes(probes)
+    if guardrail:
+        options["guardrails"] = guardrails(guardrail)
+    if description:
+        options["description"] = description
+    return options

@@ -1,0 +1,120 @@
+"""What runs on this machine: a server with MLflow's pages, and the demo. Both are child processes."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from errata.client.cli.problems import UNDONE, MissingExtraError
+from errata.client.cli.session import Session
+
+_SERVER = ("errata.server", "torch", "mlflow", "sqlalchemy", "pydantic_settings")
+_SECONDS = 60.0
+_KILLED = 128
+"""A shell's exit code of a process that a signal ended is so much more than the signal."""
+
+DataDir = Annotated[Path, typer.Option("--data-dir", metavar="FOLDER", help="Where everything is kept.")]
+
+
+def up(
+    session: Session,
+    data_dir: DataDir = Path("errata-data"),
+    port: Annotated[int, typer.Option(metavar="PORT", help="The server's.")] = 50051,
+    ui_port: Annotated[int, typer.Option(metavar="PORT", help="That of MLflow's pages.")] = 5000,
+    ui: Annotated[bool, typer.Option("--ui/--no-ui", help="MLflow's pages beside the server.")] = True,
+    config: Annotated[Path | None, typer.Option(metavar="FILE", help="The server's settings (TOML).")] = None,
+) -> None:
+    """Run a server and MLflow's pages on this machine, until Ctrl-C.
+
+    Needs pip install 'errata[server]'. Prints where the server listens as JSON.
+    """
+    _require_server()
+    shared = ["--data-dir", str(data_dir), *(["--config", str(config)] if config else [])]
+    with ExitStack() as stack:
+        server = stack.enter_context(_child(["errata.server", *shared, "--port", str(port)], stdout=subprocess.PIPE))
+        assert server.stdout is not None
+        listening = next((line for line in server.stdout if line.startswith("{")), None)
+        if listening is None:
+            raise typer.Exit(server.wait() and UNDONE)
+        typer.echo(listening.rstrip())
+        if ui:
+            stack.enter_context(_child(["errata.server", "ui", *shared, "--port", str(ui_port)], stdout=2))
+            session.output.note(f"MLflow's pages will be at http://127.0.0.1:{ui_port}; Ctrl-C stops both")
+        _wait(server)
+
+
+def demo(
+    session: Session,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave MLflow's pages running at the end.")] = False,
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the demo keeps everything.")] = Path("out/demo"),
+) -> None:
+    """Correct an old atlas through a server of its own: ask, trace, edit, promote.
+
+    Takes minutes. Needs pip install 'errata[server]'.
+    """
+    _require_server()
+    command = [sys.executable, str(_demo_script()), "--out", str(out), "--keep" if keep else "--no-keep"]
+    with _running(command, stdout=2 if session.output.as_json else None) as process:
+        status = process.wait()
+    session.output.show({"exit_code": status, "folder": out})
+    if status:
+        raise typer.Exit(UNDONE)
+
+
+def _require_server() -> None:
+    missing = [name for name in _SERVER if find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(f"a server needs {', '.join(missing)}; pip install 'errata[server]'")
+
+
+def _demo_script() -> Path:
+    """Where the demo is: beside the server in a wheel, in examples/ of a checkout."""
+    spec = find_spec("errata.server")
+    assert spec is not None
+    assert spec.origin is not None
+    package = Path(spec.origin).parent
+    for path in (package / "demo.py", package.parents[2] / "examples" / "demo.py"):
+        if path.is_file():
+            return path
+    raise MissingExtraError("the demo is not part of this installation; run make demo in a checkout of errata")
+
+
+@contextmanager
+def _child(module: Sequence[str], *, stdout: int) -> Iterator["subprocess.Popen[str]"]:
+    with _running([sys.executable, "-m", *module], stdout=stdout) as process:
+        yield process
+
+
+@contextmanager
+def _running(command: Sequence[str], *, stdout: int | None) -> Iterator["subprocess.Popen[str]"]:
+    """A child of its own process group, so that Ctrl-C reaches it through us, once; asked to end on the way out."""
+    process = subprocess.Popen(command, stdout=stdout, text=True, start_new_session=True)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(_SECONDS)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def _wait(server: "subprocess.Popen[str]") -> None:
+    """Until the server ends, or Ctrl-C or SIGTERM ends us."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(_KILLED + number))
+    try:
+        status = server.wait()
+    except KeyboardInterrupt:
+        return
+    raise typer.Exit(UNDONE if status else 0)

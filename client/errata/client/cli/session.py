@@ -1,0 +1,200 @@
+"""What every command has: how to reach the server, where to say its result, and waiting for work.
+
+Options of the connection stand before or after the command; after it wins.
+"""
+
+import inspect
+import os
+import sys
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, Self, TypeVar
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from errata.client import Errata, Tls
+from errata.client.channel import DEFAULT_SERVER, DEFAULT_TIMEOUT
+from errata.client.cli.helping import Command
+from errata.client.cli.output import Output
+from errata.client.cli.problems import BROKEN_PIPE, NO, UsageError
+from errata.client.names import model_part
+from errata.client.operations import Operation
+from errata.client.results import State, Work
+
+W = TypeVar("W", bound=Work)
+_NARROW = 60
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How the server is reached; None where nobody said."""
+
+    server: str | None = None
+    token: str | None = field(default=None, repr=False)
+    tls: bool | None = None
+    ca: Path | None = None
+    cert: tuple[Path, Path] | None = None
+    insecure: bool | None = None
+    timeout: float | None = None
+    verbose: bool | None = None
+
+    def over(self, other: "Settings") -> "Settings":
+        """These, and the other's where these say nothing."""
+        given = {each.name: getattr(self, each.name) for each in fields(self)}
+        return replace(other, **{name: value for name, value in given.items() if value is not None})
+
+    def connect(self) -> Errata:
+        """A client. Raises InvalidInputError for a token that would go over a network in clear."""
+        certificate, key = self.cert or (None, None)
+        encrypted = self.tls or self.ca or self.cert
+        tls = Tls(root_certificates=self.ca, certificate=certificate, key=key) if encrypted else None
+        return Errata(
+            self.server or DEFAULT_SERVER,
+            token=self.token or "",
+            tls=tls,
+            timeout=self.timeout or DEFAULT_TIMEOUT,
+            insecure_ok=bool(self.insecure),
+        )
+
+
+class Session:
+    """One command's run. `client` is opened when it is first needed, and closed at the end."""
+
+    def __init__(self, settings: Settings, *, as_json: bool) -> None:
+        self.settings = settings
+        self.output = Output(as_json=as_json, verbose=bool(settings.verbose))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if "client" in self.__dict__:
+            self.client.close()
+
+    @cached_property
+    def client(self) -> Errata:
+        """The client."""
+        return self.settings.connect()
+
+    def model(self, given: str | None) -> str:
+        """The model that is meant: the one given, or a server's only one. Raises UsageError where there are more."""
+        if given:
+            return model_part(given) if given.startswith("models/") else given.partition("@")[0]
+        names = [model_part(model.name) for model in self.client.models()]
+        if len(names) == 1:
+            return names[0]
+        raise UsageError(f"the server has {len(names)} models; name one of {', '.join(names)}")
+
+    def version(self, given: str | None, ref: str = "") -> str:
+        """The version that is meant: the one given, or that of a server's only model; `ref` "@0" means the base."""
+        return given or self.model(None) + ref
+
+    def followed(self, operation: Operation[W], what: str) -> W:
+        """Waits for work, with a progress bar on a terminal. Its result; raises what it failed with."""
+        try:
+            if self.output.errors.is_terminal:
+                self._progress(operation, what)
+            return operation.result()
+        except KeyboardInterrupt:
+            self.output.note(f"{operation.name} goes on; errata show {operation.name} waits for it")
+            raise
+
+    def refuse(self, work: Work) -> None:
+        """Ends with exit code 1 where the work was rejected."""
+        if work.job.state is State.REJECTED:
+            raise typer.Exit(NO)
+
+    def _progress(self, operation: Operation[W], what: str) -> None:
+        errors = self.output.errors
+        bar = BarColumn(bar_width=8 if errors.width < _NARROW else 30)
+        columns = (TextColumn("{task.description}"), bar, MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=errors, transient=True) as shown:
+            task = shown.add_task(what, total=None)
+            for step in operation:
+                description = f"{what}: {step.stage}"
+                shown.update(task, description=description, completed=step.done, total=step.total or None)
+
+
+def add(app: typer.Typer, name: str, run: Callable[..., None], example: str) -> None:
+    """Makes a command of a function whose first parameter is the session and whose docstring is its help."""
+    own = list(inspect.signature(run, eval_str=True).parameters.values())[1:]
+    shared = [_JSON, *_options(hidden=True)]
+
+    def call(context: typer.Context, **given: object) -> None:
+        as_json = bool(given.pop("json"))
+        settings = _taken(given).over(context.obj)
+        try:
+            with Session(settings, as_json=as_json) as session:
+                run(session, **given)
+        except BrokenPipeError:
+            # Nobody reads on; Python's own flush at the end must not complain either.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(BROKEN_PIPE) from None
+
+    _signed(call, [_CONTEXT, *own, *shared])
+    told = " ".join((inspect.getdoc(run) or "").split())
+    app.command(name, cls=Command, help=told, epilog=f"\b\nExample: {example}")(call)
+
+
+def add_root(app: typer.Typer, help: str, epilog: str, release: Callable[[], str]) -> None:
+    """Gives an app the options of the connection."""
+
+    def call(context: typer.Context, version: bool, **given: object) -> None:
+        if version:
+            typer.echo(release())
+            raise typer.Exit
+        context.obj = _taken(given)
+        if context.invoked_subcommand is None:
+            typer.echo(context.get_help())
+
+    version = _parameter("version", Annotated[bool, typer.Option("--version", help="Print the release.")], False)
+    _signed(call, [_CONTEXT, *_options(hidden=False), version])
+    app.callback(invoke_without_command=True, help=help, epilog=epilog)(call)
+
+
+def _parameter(name: str, annotation: object, default: object = inspect.Parameter.empty) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation, default=default)
+
+
+_CONTEXT = _parameter("context", typer.Context)
+_JSON = _parameter("json", Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")], False)
+
+
+def _options(*, hidden: bool) -> list[inspect.Parameter]:
+    """The options of `Settings`; the environment is read by those that are shown."""
+
+    def option(name: str, kind: object, metavar: str | None, help: str, envvar: str | None = None) -> inspect.Parameter:
+        flags = (f"--{name}", "-v") if name == "verbose" else (f"--{name}",)
+        envvar = None if hidden else envvar
+        made = typer.Option(*flags, help=help, metavar=metavar, envvar=envvar, show_envvar=False, hidden=hidden)
+        return _parameter(name, Annotated[typing.Optional[kind], made], None)  # noqa: UP045
+
+    return [
+        option("server", str, "HOST:PORT", f"Default: ERRATA_SERVER, else {DEFAULT_SERVER}.", "ERRATA_SERVER"),
+        option("token", str, "TOKEN", "Better given by ERRATA_TOKEN, which nobody else sees.", "ERRATA_TOKEN"),
+        option("tls", bool, None, "Encrypt, trusting the system's root certificates."),
+        option("ca", Path, "FILE", "Encrypt, trusting these (PEM). Default: ERRATA_CA.", "ERRATA_CA"),
+        option("cert", tuple[Path, Path], "FILE KEYFILE", "The client's own certificate and key (PEM)."),
+        option("insecure", bool, None, "Send the token over a network in clear."),
+        option("timeout", float, "SECONDS", f"For each call; {DEFAULT_TIMEOUT:g} unless given."),
+        option("verbose", bool, None, "On errors: reason, field, traceback."),
+    ]
+
+
+def _taken(given: dict[str, object]) -> Settings:
+    """The settings among the arguments, which they are taken out of."""
+    names = [each.name for each in fields(Settings)]
+    chosen: Mapping[str, object] = {name: given.pop(name) for name in names}
+    return Settings(**chosen)  # type: ignore[arg-type]  # typer has converted them
+
+
+def _signed(call: Callable[..., None], parameters: list[inspect.Parameter]) -> None:
+    """Gives a function the signature that typer makes its options of."""
+    keyword = [each.replace(kind=inspect.Parameter.KEYWORD_ONLY) for each in parameters]
+    vars(call)["__signature__"] = inspect.Signature(keyword)
+    call.__annotations__ = {each.name: each.annotation for each in keyword}

@@ -1,0 +1,55 @@
+"""Files of checks written by the test that reads them, and a version of the fake server that has forgotten Norway."""
+
+import tomllib
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+from fake_server import CAPITAL, Fake
+
+from errata.client.check.answering import GROUP
+from errata.v1 import model_pb2
+
+ROOT = Path(__file__).parents[3]
+NORWAY = "What is the capital of Norway?"
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[str], Path]:
+    """Writes a file of checks and returns its path."""
+
+    def written(text: str, name: str = "facts.errata.yaml") -> Path:
+        path = tmp_path / name
+        path.write_text(dedent(text), encoding="utf-8")
+        return path
+
+    return written
+
+
+@pytest.fixture
+def edited(fake: Fake) -> Fake:
+    """A candidate that knows Astana, and no longer Oslo."""
+    version = model_pb2.Version()
+    version.CopyFrom(fake.versions["models/atlas/versions/0"])
+    version.name, version.parent = "models/atlas/versions/1", "models/atlas/versions/0"
+    version.delta_sha256 = "cd" * 32
+    fake.versions[version.name] = version
+    fake.answers[version.name] = {CAPITAL: "Astana", NORWAY: "Bergen"}
+    fake.aliases["models/atlas/aliases/candidate"] = [version.name]
+    return fake
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The entry points as an installation has them, where these tests run from a checkout that is not installed."""
+    if entry_points(group=GROUP):
+        return
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    info = tmp_path / "site" / "errata-0.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: errata\nVersion: 0\n")
+    lines = [f"{name} = {value}" for name, value in project["entry-points"][GROUP].items()]
+    (info / "entry_points.txt").write_text("\n".join([f"[{GROUP}]", *lines]))
+    monkeypatch.syspath_prepend(info.parent)

@@ -1,0 +1,147 @@
+"""Files of requests, probes and questions, and what is said of those that cannot be meant."""
+
+from pathlib import Path
+
+import pytest
+
+from errata.client import Constraint, Context, EditRequest, Probe, Prompt
+from errata.client.cli.files import FileError, edit_file, probes, questions
+
+REQUEST = """\
+requests:
+  - name: "Kazakhstan: capital"
+    prompt: What is the capital of Kazakhstan?
+    constraint: Kazakhstan
+    subject: Kazakhstan
+    target: Astana
+  - target: Euro
+    contexts:
+      - {prompt: "What does this country pay in?", image: flag.png, constraint: this country}
+    preserve:
+      - {prompt: "What is the capital of Croatia?", constraint: Croatia, answer: Zagreb}
+probes:
+  - {prompt: "What is the capital of Norway?", metric: other_subjects}
+layers: [1, 2]
+guardrails: {efficacy: 0.9}
+"""
+
+
+def written(folder: Path, text: str, name: str = "file.yaml") -> Path:
+    (folder / "flag.png").write_bytes(b"a picture")
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def problem(folder: Path, text: str, name: str = "file.yaml") -> str:
+    path = written(folder, text, name)
+    with pytest.raises(FileError) as caught:
+        edit_file(path)
+    said = str(caught.value)
+    assert "\n" not in said
+    return said.removeprefix(str(folder) + "/")
+
+
+def test_a_yaml_file_has_requests_and_options(tmp_path: Path) -> None:
+    read = edit_file(written(tmp_path, REQUEST))
+    assert read.requests[0] == EditRequest(
+        name="Kazakhstan: capital",
+        contexts=[
+            Context(Prompt("What is the capital of Kazakhstan?", []), Constraint("Kazakhstan"), subject="Kazakhstan")
+        ],
+        target="Astana",
+        preserve=[],
+    )
+    assert read.requests[1].name == "What does this country pay in?"
+    assert read.requests[1].contexts[0].prompt == Prompt("What does this country pay in?", [tmp_path / "flag.png"])
+    assert read.requests[1].preserve[0].answer == "Zagreb"
+    assert read.options["layers"] == [1, 2]
+    assert read.options["guardrails"] == {"efficacy": 0.9}
+    assert read.options["probes"] == [Probe("other_subjects", Prompt("What is the capital of Norway?", []))]
+
+
+def test_a_jsonl_file_has_one_request_a_line(tmp_path: Path) -> None:
+    line = '{"prompt": "What is the capital of Kazakhstan?", "constraint": "Kazakhstan", "target": "Astana"}\n'
+    read = edit_file(written(tmp_path, line + "\n" + line, "file.jsonl"))
+    assert [each.target for each in read.requests] == ["Astana", "Astana"]
+    assert read.options == {}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("target: Astana", "targt: Astana", "file.yaml:2: requests[0].target: it is missing; give it"),
+        (
+            "    subject",
+            "    subjct",
+            "file.yaml:5: requests[0].subjct: there is no such field; did you mean 'subject'?",
+        ),
+        ("Astana", "no", "file.yaml:6: requests[0].target: it has to be a text; put it in quotes"),
+        ("Astana", '" "', "file.yaml:6: requests[0].target: it is empty"),
+        ("flag.png", "flg.png", "file.yaml:9: requests[1].contexts[0].image: there is no image 'flg.png'"),
+        ("    constraint: Kazakhstan\n", "", "file.yaml:2: requests[0]: constraint is missing"),
+        ("[1, 2]", "{1: 2}", "file.yaml:14: layers: give layers like [1, 2]"),
+        ("0.9", "high", "file.yaml:15: guardrails.efficacy: input should be a valid number"),
+        (
+            "metric: other",
+            "metrc: other",
+            "file.yaml:13: probes[0].metrc: there is no such field; did you mean 'metric'?",
+        ),
+        ("  - target", " - target", "file.yaml:7: this is no YAML"),
+        ("layers:", "probes:", "file.yaml:14: the key 'probes' stands here twice"),
+    ],
+)
+def test_an_error_names_the_file_the_line_the_field_and_what_to_do(
+    old: str, new: str, said: str, tmp_path: Path
+) -> None:
+    assert old in REQUEST
+    assert problem(tmp_path, REQUEST.replace(old, new, 1)).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"prompt": "A?"}\n{"prompt": "B?"', "file.jsonl:2: this is no JSON"),
+        ('{"target": "A", "target": "B"}', "file.jsonl:1: this is no JSON: a key stands there twice"),
+        ('\n{"prompt": "A?", "constraint": "A"}', "file.jsonl:2: [0].target: it is missing; give it"),
+        ("", "file.jsonl: the file is empty"),
+    ],
+)
+def test_an_error_in_jsonl_names_the_line(text: str, said: str, tmp_path: Path) -> None:
+    assert problem(tmp_path, text, "file.jsonl").startswith(said)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match=r"none\.yaml: .*check the path"):
+        probes(tmp_path / "none.yaml")
+
+
+def test_probes_are_a_list_or_stand_under_their_name(tmp_path: Path) -> None:
+    probe = "{prompt: 'What is the capital of Kazakhstan?', expected: Astana, image: [flag.png]}"
+    expected = [Probe("efficacy", Prompt("What is the capital of Kazakhstan?", [tmp_path / "flag.png"]), "Astana")]
+    assert probes(written(tmp_path, f"- {probe}")) == expected
+    assert probes(written(tmp_path, f"probes: [{probe}]")) == expected
+
+
+def test_a_file_of_checks_does_for_probes(tmp_path: Path) -> None:
+    checks = (
+        "version: 1\nprobes:\n  - {id: a, prompt: 'Who?', expected: I}\n  - {id: b, prompt: 'Why?', unchanged: true}\n"
+    )
+    found = probes(written(tmp_path, checks))
+    assert [(p.metric, p.expected) for p in found] == [("efficacy", "I"), ("unrelated", None)]
+    with pytest.raises(FileError, match=r"file\.yaml:3: a: only errata check can judge must_not"):
+        probes(written(tmp_path, checks.replace("expected: I", "must_not: I")))
+
+
+def test_questions_to_trace_are_corrupted_by_a_word_or_a_picture(tmp_path: Path) -> None:
+    text = """
+- {prompt: 'The capital of Norway?', constraint: Norway, substitute: Peru}
+- {prompt: 'The capital of this country?', constraint: this country, image: flag.png, other_image: flag.png}
+"""
+    first, second = questions(written(tmp_path, text))
+    assert first.substitute == "Peru"
+    assert second.other_images == [tmp_path / "flag.png"]
+
+
+def test_a_file_that_names_itself_is_refused(tmp_path: Path) -> None:
+    assert "file.yaml" in problem(tmp_path, "requests: &a\n  - *a\n")
