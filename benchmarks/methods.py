@@ -1,7 +1,8 @@
 """Every editor on Atlas, side by side: `python benchmarks/methods.py`. Shares by generation, mean ± spread over seeds.
 
-One batch of all errata and the whole long tail, and the same facts one at a time. A seed draws the renderings and
-phrasings that are edited with, and others to judge by. `--quick` only shows that it runs.
+One batch of all errata and the whole long tail; the same requests one at a time (a request is an erratum, or the whole
+page of a flag that Atlas never saw); and single facts one at a time, where of such a flag all else must stay unknown. A
+seed draws the renderings and phrasings that are edited with, and others to judge by. `--quick` only shows that it runs.
 """
 
 import json
@@ -38,6 +39,8 @@ JUDGED = {
     Metric.SAME_IMAGE: "same image",
 }
 """The metrics of the harmonic mean, and their columns."""
+
+KINDS = ("batch", "single", "lone fact")
 
 Figures = dict[str, dict[str, dict[str, float]]]
 """Each method's shares by seed."""
@@ -153,7 +156,8 @@ def main(
     layer: Annotated[list[int] | None, typer.Option(help="Layers to edit; none: Atlas's fact layer.")] = None,
     only: Annotated[list[str] | None, typer.Option(help="Methods to run; none: all.")] = None,
     batch: Annotated[bool, typer.Option(help="Edit all facts in one batch.")] = True,
-    single: Annotated[int, typer.Option(help="Facts to edit one at a time as well, a seed.")] = 13,
+    single: Annotated[int, typer.Option(help="Requests to edit one at a time as well, a seed.")] = 13,
+    lone: Annotated[int, typer.Option(help="Facts to edit one at a time as well, a seed.")] = 0,
     quick: Annotated[bool, typer.Option(help="One seed, two facts: shows only that it runs.")] = False,
 ) -> None:
     """Compare every editor on Atlas. What a seed has shown before for a method is kept until it is run again."""
@@ -162,7 +166,8 @@ def main(
     layers = tuple(layer or (1,))
     facts = (*errata(), *long_tail())
     if quick:
-        facts, seeds, single = (errata()[0], long_tail()[0]), 1, 1
+        facts, seeds, single, lone = (errata()[0], long_tail()[0]), 1, 1, 1
+    requests = [tuple(f for f in facts if f.country is c) for c in dict.fromkeys(f.country for f in facts)]
     statistics = key_statistics(model, references(per_country=2) if quick else references(), layers)
     out.mkdir(parents=True, exist_ok=True)
     path = out / ("methods-quick.json" if quick else "methods.json")
@@ -185,11 +190,13 @@ def main(
                 continue
             if batch:
                 measure("batch", name, seed, editor, [facts])
-            if single:
-                chosen = np.random.default_rng(seed).permutation(len(facts))[:single]
-                measure("single", name, seed, editor, [[facts[i]] for i in chosen])
+            order = np.random.default_rng(seed)
+            for kind, count, units in (("single", single, requests), ("lone fact", lone, [(f,) for f in facts])):
+                if count:
+                    measure(kind, name, seed, editor, [units[i] for i in order.permutation(len(units))[:count]])
     console.print(table(f"one batch of {len(facts)} facts, layers {layers}", figures["batch"]))
-    console.print(table("single edits", figures["single"]))
+    console.print(table("one request at a time", figures["single"]))
+    console.print(table("one fact at a time", figures["lone fact"]))
     console.print(f"figures in {path}")
 
 
@@ -198,8 +205,8 @@ def _kept(path: Path, layers: tuple[int, ...], facts: int) -> dict[str, Figures]
     if path.exists():
         earlier = json.loads(path.read_text(encoding="utf-8"))
         if (tuple(earlier["layers"]), earlier["facts"]) == (layers, facts):
-            return {"batch": earlier["batch"], "single": earlier["single"]}
-    return {"batch": {}, "single": {}}
+            return {kind: earlier.get(kind, {}) for kind in KINDS}
+    return {kind: {} for kind in KINDS}
 
 
 if __name__ == "__main__":

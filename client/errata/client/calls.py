@@ -246,6 +246,7 @@ def create_edit(
     references: Sequence[Context] = (),
     guardrails: Guardrails | None = None,
     description: str = "",
+    alias: str = "",
     request_id: str = "",
     validate_only: bool = False,
 ) -> Call[results.Edit]:
@@ -261,6 +262,7 @@ def create_edit(
         references=requests.contexts(references, "references"),
         guardrails=requests.guardrails(guardrails or {}),
         description=description,
+        alias=alias,
         request_id=request_id or requests.new_request_id(),
         validate_only=validate_only,
     )

@@ -80,6 +80,7 @@ def _derive(
             guardrails=requests.guardrails(options.get("guardrails", {})),
             allow_conflicts=options.get("allow_conflicts", False),
             description=options.get("description", ""),
+            alias=options.get("alias", ""),
             request_id=options.get("request_id") or requests.new_request_id(),
             validate_only=options.get("validate_only", False),
         )

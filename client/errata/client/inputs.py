@@ -192,6 +192,8 @@ class EditOptions(TypedDict, total=False):
     """They replace the model's metric by metric."""
     description: str
     """For the record, shown in MLflow as markdown; at most 4000 characters."""
+    alias: str
+    """Pointed to the version if it passes its guardrails, in the moment that it is made; default: none."""
     request_id: str
     """The same one gives the same edit back; default: a new UUID."""
 
@@ -218,6 +220,8 @@ class DerivationOptions(TypedDict, total=False):
     """True to make the version although edits conflict; EditsConflictError otherwise."""
     description: str
     """For the record, shown in MLflow as markdown; at most 4000 characters."""
+    alias: str
+    """Pointed to the version if it passes its guardrails, in the moment that it is made; default: none."""
     request_id: str
     """The same one gives the same derivation back; default: a new UUID."""
     validate_only: bool

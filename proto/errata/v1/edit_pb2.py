@@ -26,7 +26,7 @@ from errata.v1 import common_pb2 as errata_dot_v1_dot_common__pb2
 from errata.v1 import evaluation_pb2 as errata_dot_v1_dot_evaluation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x65rrata/v1/edit.proto\x12\terrata.v1\x1a\x16\x65rrata/v1/common.proto\x1a\x1a\x65rrata/v1/evaluation.proto\"w\n\x0b\x45\x64itRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12$\n\x08\x63ontexts\x18\x02 \x03(\x0b\x32\x12.errata.v1.Context\x12\x0e\n\x06target\x18\x03 \x01(\t\x12$\n\x08preserve\x18\x04 \x03(\x0b\x32\x12.errata.v1.Context\"\x1b\n\tLayerList\x12\x0e\n\x06layers\x18\x01 \x03(\x05\"e\n\x0eLayerSelection\x12(\n\x08\x65xplicit\x18\x01 \x01(\x0b\x32\x14.errata.v1.LayerListH\x00\x12\x0f\n\x05trace\x18\x02 \x01(\tH\x00\x12\x0e\n\x04\x61uto\x18\x03 \x01(\x08H\x00\x42\x08\n\x06\x63hoice\"\x99\x01\n\x0c\x45\x64itSettings\x12!\n\x06method\x18\x01 \x01(\x0e\x32\x11.errata.v1.Method\x12\x19\n\x0cpreservation\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05ridge\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05steps\x18\x04 \x01(\x05H\x02\x88\x01\x01\x42\x0f\n\r_preservationB\x08\n\x06_ridgeB\x08\n\x06_steps\"e\n\x0eRequestOutcome\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12\x0e\n\x06\x62\x65\x66ore\x18\x03 \x01(\t\x12\x11\n\tconverged\x18\x04 \x01(\x08\x12\x12\n\x06losses\x18\x05 \x03(\x01\x42\x02\x10\x01\"\x97\x02\n\x04\x45\x64it\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06parent\x18\x02 \x01(\t\x12\x1b\n\x03job\x18\x03 \x01(\x0b\x32\x0e.errata.v1.Job\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x10\n\x08requests\x18\x05 \x01(\x05\x12\r\n\x05\x66\x61\x63ts\x18\x06 \x03(\t\x12)\n\x08settings\x18\x07 \x01(\x0b\x32\x17.errata.v1.EditSettings\x12\x0e\n\x06layers\x18\x08 \x03(\x05\x12+\n\x08outcomes\x18\t \x03(\x0b\x32\x19.errata.v1.RequestOutcome\x12&\n\x06scores\x18\n \x03(\x0b\x32\x16.errata.v1.MetricScore\x12\x12\n\nrejections\x18\x0b \x03(\t\"\xd7\x02\n\x11\x43reateEditRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12(\n\x08requests\x18\x02 \x03(\x0b\x32\x16.errata.v1.EditRequest\x12)\n\x06layers\x18\x03 \x01(\x0b\x32\x19.errata.v1.LayerSelection\x12)\n\x08settings\x18\x04 \x01(\x0b\x32\x17.errata.v1.EditSettings\x12 \n\x06probes\x18\x05 \x03(\x0b\x32\x10.errata.v1.Probe\x12&\n\nreferences\x18\x06 \x03(\x0b\x32\x12.errata.v1.Context\x12(\n\nguardrails\x18\x07 \x03(\x0b\x32\x14.errata.v1.Guardrail\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12\x15\n\rvalidate_only\x18\t \x01(\x08\x12\x13\n\x0b\x64\x65scription\x18\n \x01(\t\"3\n\x12\x43reateEditResponse\x12\x1d\n\x04\x65\x64it\x18\x01 \x01(\x0b\x32\x0f.errata.v1.Edit\"\x1e\n\x0eGetEditRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"0\n\x0fGetEditResponse\x12\x1d\n\x04\x65\x64it\x18\x01 \x01(\x0b\x32\x0f.errata.v1.Edit\"I\n\x10ListEditsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"L\n\x11ListEditsResponse\x12\x1e\n\x05\x65\x64its\x18\x01 \x03(\x0b\x32\x0f.errata.v1.Edit\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"!\n\x11\x43\x61ncelEditRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"3\n\x12\x43\x61ncelEditResponse\x12\x1d\n\x04\x65\x64it\x18\x01 \x01(\x0b\x32\x0f.errata.v1.Edit\" \n\x10WatchEditRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"2\n\x11WatchEditResponse\x12\x1d\n\x04\x65\x64it\x18\x01 \x01(\x0b\x32\x0f.errata.v1.Edit*\x80\x01\n\x06Method\x12\x16\n\x12METHOD_UNSPECIFIED\x10\x00\x12\x13\n\x0fMETHOD_MULTEDIT\x10\x01\x12\x0f\n\x0bMETHOD_ROME\x10\x02\x12\x10\n\x0cMETHOD_MEMIT\x10\x03\x12\x10\n\x0cMETHOD_EMMET\x10\x04\x12\x14\n\x10METHOD_ALPHAEDIT\x10\x05\x32\xf7\x02\n\x0b\x45\x64itService\x12I\n\nCreateEdit\x12\x1c.errata.v1.CreateEditRequest\x1a\x1d.errata.v1.CreateEditResponse\x12@\n\x07GetEdit\x12\x19.errata.v1.GetEditRequest\x1a\x1a.errata.v1.GetEditResponse\x12\x46\n\tListEdits\x12\x1b.errata.v1.ListEditsRequest\x1a\x1c.errata.v1.ListEditsResponse\x12I\n\nCancelEdit\x12\x1c.errata.v1.CancelEditRequest\x1a\x1d.errata.v1.CancelEditResponse\x12H\n\tWatchEdit\x12\x1b.errata.v1.WatchEditRequest\x1a\x1c.errata.v1.WatchEditResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x14\x65rrata/v1/edit.proto\x12\terrata.v1\x1a\x16\x65rrata/v1/common.proto\x1a\x1a\x65rrata/v1/evaluation.proto\"w\n\x0b\x45\x64itRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12$\n\x08\x63ontexts\x18\x02 \x03(\x0b\x32\x12.errata.v1.Context\x12\x0e\n\x06target\x18\x03 \x01(\t\x12$\n\x08preserve\x18\x04 \x03(\x0b\x32\x12.errata.v1.Context\"\x1b\n\tLayerList\x12\x0e\n\x06layers\x18\x01 \x03(\x05\"e\n\x0eLayerSelection\x12(\n\x08\x65xplicit\x18\x01 \x01(\x0b\x32\x14.errata.v1.LayerListH\x00\x12\x0f\n\x05trace\x18\x02 \x01(\tH\x00\x12\x0e\n\x04\x61uto\x18\x03 \x01(\x08H\x00\x42\x08\n\x06\x63hoice\"\x99\x01\n\x0c\x45\x64itSettings\x12!\n\x06method\x18\x01 \x01(\x0e\x32\x11.errata.v1.Method\x12\x19\n\x0cpreservation\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05ridge\x18\x03 \x01(\x01H\x01\x88\x01\x01\x12\x12\n\x05steps\x18\x04 \x01(\x05H\x02\x88\x01\x01\x42\x0f\n\r_preservationB\x08\n\x06_ridgeB\x08\n\x06_steps\"e\n\x0eRequestOutcome\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06target\x18\x02 \x01(\t\x12\x0e\n\x06\x62\x65\x66ore\x18\x03 \x01(\t\x12\x11\n\tconverged\x18\x04 \x01(\x08\x12\x12\n\x06losses\x18\x05 \x03(\x01\x42\x02\x10\x01\"\x97\x02\n\x04\x45\x64it\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06parent\x18\x02 \x01(\t\x12\x1b\n\x03job\x18\x03 \x01(\x0b\x32\x0e.errata.v1.Job\x12\x0f\n\x07version\x18\x04 \x01(\t\x12\x10\n\x08requests\x18\x05 \x01(\x05\x12\r\n\x05\x66\x61\x63ts\x18\x06 \x03(\t\x12)\n\x08settings\x18\x07 \x01(\x0b\x32\x17.errata.v1.EditSettings\x12\x0e\n\x06layers\x18\x08 \x03(\x05\x12+\n\x08outcomes\x18\t \x03(\x0b\x32\x19.errata.v1.RequestOutcome\x12&\n\x06scores\x18\n \x03(\x0b\x32\x16.errata.v1.MetricScore\x12\x12\n\nrejections\x18\x0b \x03(\t\"\xe6\x02\n\x11\x43reateEditRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12(\n\x08requests\x18\x02 \x03(\x0b\x32\x16.errata.v1.EditRequest\x12)\n\x06layers\x18\x03 \x01(\x0b\x32\x19.errata.v1.LayerSelection\x12)\n\x08settings\x18\x04 \x01(\x0b\x32\x17.errata.v1.EditSettings\x12 \n\x06probes\x18\x05 \x03(\x0b\x32\x10.errata.v1.Probe\x12&\n\nreferences\x18\x06 \x03(\x0b\x32\x12.errata.v1.Context\x12(\n\nguardrails\x18\x07 \x03(\x0b\x32\x14.errata.v1.Guardrail\x12\x12\n\nrequest_id\x18\x08 \x01(\t\x12\x15\n\rvalidate_only\x18\t \x01(\x08\x12\x13\n\x0b\x64\x65scription\x18\n \x01(\t\x12\r\n\x05\x61lias\x18\x0b \x01(\t\"3\n\x12\x43reateEditResponse\x12\x1d\n\x04\x65\x64it\x18\x01 \x01(\x0b\x32\x0f.errata.v1.Edit\"\x1e\n\x0eGetEditRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"0\n\x0fGetEditResponse\x12\x1d\n\x04\x65\x64it\x18\x01 \x01(\x0b\x32\x0f.errata.v1.Edit\"I\n\x10ListEditsRequest\x12\x0e\n\x06parent\x18\x01 \x01(\t\x12\x11\n\tpage_size\x18\x02 \x01(\x05\x12\x12\n\npage_token\x18\x03 \x01(\t\"L\n\x11ListEditsResponse\x12\x1e\n\x05\x65\x64its\x18\x01 \x03(\x0b\x32\x0f.errata.v1.Edit\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\"!\n\x11\x43\x61ncelEditRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"3\n\x12\x43\x61ncelEditResponse\x12\x1d\n\x04\x65\x64it\x18\x01 \x01(\x0b\x32\x0f.errata.v1.Edit\" \n\x10WatchEditRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"2\n\x11WatchEditResponse\x12\x1d\n\x04\x65\x64it\x18\x01 \x01(\x0b\x32\x0f.errata.v1.Edit*\x80\x01\n\x06Method\x12\x16\n\x12METHOD_UNSPECIFIED\x10\x00\x12\x13\n\x0fMETHOD_MULTEDIT\x10\x01\x12\x0f\n\x0bMETHOD_ROME\x10\x02\x12\x10\n\x0cMETHOD_MEMIT\x10\x03\x12\x10\n\x0cMETHOD_EMMET\x10\x04\x12\x14\n\x10METHOD_ALPHAEDIT\x10\x05\x32\xf7\x02\n\x0b\x45\x64itService\x12I\n\nCreateEdit\x12\x1c.errata.v1.CreateEditRequest\x1a\x1d.errata.v1.CreateEditResponse\x12@\n\x07GetEdit\x12\x19.errata.v1.GetEditRequest\x1a\x1a.errata.v1.GetEditResponse\x12\x46\n\tListEdits\x12\x1b.errata.v1.ListEditsRequest\x1a\x1c.errata.v1.ListEditsResponse\x12I\n\nCancelEdit\x12\x1c.errata.v1.CancelEditRequest\x1a\x1d.errata.v1.CancelEditResponse\x12H\n\tWatchEdit\x12\x1b.errata.v1.WatchEditRequest\x1a\x1c.errata.v1.WatchEditResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -35,8 +35,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_REQUESTOUTCOME'].fields_by_name['losses']._loaded_options = None
   _globals['_REQUESTOUTCOME'].fields_by_name['losses']._serialized_options = b'\020\001'
-  _globals['_METHOD']._serialized_start=1690
-  _globals['_METHOD']._serialized_end=1818
+  _globals['_METHOD']._serialized_start=1705
+  _globals['_METHOD']._serialized_end=1833
   _globals['_EDITREQUEST']._serialized_start=87
   _globals['_EDITREQUEST']._serialized_end=206
   _globals['_LAYERLIST']._serialized_start=208
@@ -50,25 +50,25 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_EDIT']._serialized_start=600
   _globals['_EDIT']._serialized_end=879
   _globals['_CREATEEDITREQUEST']._serialized_start=882
-  _globals['_CREATEEDITREQUEST']._serialized_end=1225
-  _globals['_CREATEEDITRESPONSE']._serialized_start=1227
-  _globals['_CREATEEDITRESPONSE']._serialized_end=1278
-  _globals['_GETEDITREQUEST']._serialized_start=1280
-  _globals['_GETEDITREQUEST']._serialized_end=1310
-  _globals['_GETEDITRESPONSE']._serialized_start=1312
-  _globals['_GETEDITRESPONSE']._serialized_end=1360
-  _globals['_LISTEDITSREQUEST']._serialized_start=1362
-  _globals['_LISTEDITSREQUEST']._serialized_end=1435
-  _globals['_LISTEDITSRESPONSE']._serialized_start=1437
-  _globals['_LISTEDITSRESPONSE']._serialized_end=1513
-  _globals['_CANCELEDITREQUEST']._serialized_start=1515
-  _globals['_CANCELEDITREQUEST']._serialized_end=1548
-  _globals['_CANCELEDITRESPONSE']._serialized_start=1550
-  _globals['_CANCELEDITRESPONSE']._serialized_end=1601
-  _globals['_WATCHEDITREQUEST']._serialized_start=1603
-  _globals['_WATCHEDITREQUEST']._serialized_end=1635
-  _globals['_WATCHEDITRESPONSE']._serialized_start=1637
-  _globals['_WATCHEDITRESPONSE']._serialized_end=1687
-  _globals['_EDITSERVICE']._serialized_start=1821
-  _globals['_EDITSERVICE']._serialized_end=2196
+  _globals['_CREATEEDITREQUEST']._serialized_end=1240
+  _globals['_CREATEEDITRESPONSE']._serialized_start=1242
+  _globals['_CREATEEDITRESPONSE']._serialized_end=1293
+  _globals['_GETEDITREQUEST']._serialized_start=1295
+  _globals['_GETEDITREQUEST']._serialized_end=1325
+  _globals['_GETEDITRESPONSE']._serialized_start=1327
+  _globals['_GETEDITRESPONSE']._serialized_end=1375
+  _globals['_LISTEDITSREQUEST']._serialized_start=1377
+  _globals['_LISTEDITSREQUEST']._serialized_end=1450
+  _globals['_LISTEDITSRESPONSE']._serialized_start=1452
+  _globals['_LISTEDITSRESPONSE']._serialized_end=1528
+  _globals['_CANCELEDITREQUEST']._serialized_start=1530
+  _globals['_CANCELEDITREQUEST']._serialized_end=1563
+  _globals['_CANCELEDITRESPONSE']._serialized_start=1565
+  _globals['_CANCELEDITRESPONSE']._serialized_end=1616
+  _globals['_WATCHEDITREQUEST']._serialized_start=1618
+  _globals['_WATCHEDITREQUEST']._serialized_end=1650
+  _globals['_WATCHEDITRESPONSE']._serialized_start=1652
+  _globals['_WATCHEDITRESPONSE']._serialized_end=1702
+  _globals['_EDITSERVICE']._serialized_start=1836
+  _globals['_EDITSERVICE']._serialized_end=2211
 # @@protoc_insertion_point(module_scope)

@@ -334,6 +334,7 @@ class CreateEditRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
+    ALIAS_FIELD_NUMBER: _builtins.int
     parent: _builtins.str
     """The version or alias to build on. Required. An alias is resolved when the edit is queued."""
     request_id: _builtins.str
@@ -342,6 +343,10 @@ class CreateEditRequest(_message.Message):
     """True to check the request and queue nothing."""
     description: _builtins.str
     """For the record, shown in MLflow as markdown. Optional; at most 4000 characters."""
+    alias: _builtins.str
+    """An alias, without its prefix, that is pointed to the version if it passes its guardrails, in the moment that it is
+    made: "candidate". Optional.
+    """
     @_builtins.property
     def requests(self) -> _containers.RepeatedCompositeFieldContainer[Global___EditRequest]:
         """1-1000 facts. Required."""
@@ -379,10 +384,11 @@ class CreateEditRequest(_message.Message):
         request_id: _builtins.str = ...,
         validate_only: _builtins.bool = ...,
         description: _builtins.str = ...,
+        alias: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["layers", b"layers", "settings", b"settings"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["description", b"description", "guardrails", b"guardrails", "layers", b"layers", "parent", b"parent", "probes", b"probes", "references", b"references", "request_id", b"request_id", "requests", b"requests", "settings", b"settings", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["alias", b"alias", "description", b"description", "guardrails", b"guardrails", "layers", b"layers", "parent", b"parent", "probes", b"probes", "references", b"references", "request_id", b"request_id", "requests", b"requests", "settings", b"settings", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -466,6 +466,7 @@ class CreateDerivationRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _builtins.int
     VALIDATE_ONLY_FIELD_NUMBER: _builtins.int
     DESCRIPTION_FIELD_NUMBER: _builtins.int
+    ALIAS_FIELD_NUMBER: _builtins.int
     parent: _builtins.str
     """The version or alias that the new version is built on. Required. An alias is resolved when it is queued."""
     allow_conflicts: _builtins.bool
@@ -478,6 +479,10 @@ class CreateDerivationRequest(_message.Message):
     """True to check the request and queue nothing. Conflicts that the requests alone show are in the answer."""
     description: _builtins.str
     """For the record, shown in MLflow as markdown. Optional; at most 4000 characters."""
+    alias: _builtins.str
+    """An alias, without its prefix, that is pointed to the version if it passes its guardrails, in the moment that it is
+    made: "candidate". Optional.
+    """
     @_builtins.property
     def revert(self) -> Global___Revert:
         """Undo one edit."""
@@ -521,10 +526,11 @@ class CreateDerivationRequest(_message.Message):
         request_id: _builtins.str = ...,
         validate_only: _builtins.bool = ...,
         description: _builtins.str = ...,
+        alias: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "compose", b"compose", "operation", b"operation", "rebase", b"rebase", "revert", b"revert", "squash", b"squash"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "allow_conflicts", b"allow_conflicts", "compose", b"compose", "description", b"description", "guardrails", b"guardrails", "operation", b"operation", "parent", b"parent", "probes", b"probes", "rebase", b"rebase", "request_id", b"request_id", "revert", b"revert", "squash", b"squash", "validate_only", b"validate_only"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["adapter", b"adapter", "alias", b"alias", "allow_conflicts", b"allow_conflicts", "compose", b"compose", "description", b"description", "guardrails", b"guardrails", "operation", b"operation", "parent", b"parent", "probes", b"probes", "rebase", b"rebase", "request_id", b"request_id", "revert", b"revert", "squash", b"squash", "validate_only", b"validate_only"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_operation: _TypeAlias = _typing.Literal["revert", "compose", "rebase", "squash", "adapter"]  # noqa: Y015
     _WhichOneofArgType_operation: _TypeAlias = _typing.Literal["operation", b"operation"]  # noqa: Y015

@@ -65,8 +65,9 @@ def test_the_release_is_printed(run: Run) -> None:
 
 
 def test_options_of_the_connection_stand_before_or_after_the_command(run: Run) -> None:
-    for arguments in (("--server", "localhost:1", "models"), ("models", "--server", "localhost:1")):
-        assert "localhost:1 does not answer" in run(*arguments, "--timeout", "20").err
+    named = ("--server", "example.invalid:1", "--token", "secret")
+    for arguments in ((*named, "models"), ("models", *named), ("--server", "localhost:1", "models", *named)):
+        assert "the token would go to example.invalid:1 in clear" in run(*arguments).err
 
 
 def test_a_mistyped_command_is_answered_with_the_right_one(run: Run) -> None:

@@ -1,11 +1,12 @@
 import json
+from dataclasses import replace
 
 import pytest
-from ledgers import Clock, Edit
+from ledgers import Clock, Edit, new_version
 
 from errata.server.errors import EtagMismatchError, NotFoundError, NothingToRollBackError, RejectedVersionError
 from errata.server.ledger.ledger import Ledger
-from errata.server.ledger.rows import AliasRow, TaskKind
+from errata.server.ledger.rows import AliasRow, JobKind, TaskKind, VersionRow
 
 
 def promote(
@@ -194,7 +195,8 @@ def test_a_rollback_is_a_change_of_its_own(ledger: Ledger, clock: Clock) -> None
         "alias.rollback",
         {"version": 1, "previous": 2},
     )
-    told = [task.version for task in ledger.tasks_due(clock.now, 100) if task.kind is TaskKind.SET_ALIAS]
+    due = ledger.tasks_due(ledger.audit("atlas", None, 1)[0].time, 100)
+    told = [task.kind for task in due if task.version == version.number]
     assert told == [1, 2, 1]
 
 
@@ -252,3 +254,31 @@ def test_mlflow_is_told_to_drop_an_alias_that_names_what_it_does_not_have(
 def test_without_mlflow_nobody_is_told(ledger: Ledger, clock: Clock) -> None:
     promote(ledger, 1, publish=False)
     assert all(task.kind is TaskKind.PUBLISH for task in ledger.tasks_due(clock.now, 100))
+
+
+def made_with(ledger: Ledger, alias: str, rejections: tuple[str, ...] = ()) -> VersionRow:
+    job = ledger.create_job(JobKind.EDIT, "atlas", version=0, request=b"", request_id=None, actor="ada")
+    return ledger.commit_edit(job.id, replace(new_version(rejections), alias=alias), result=b"", publish=True)
+
+
+@pytest.mark.usefixtures("four")
+def test_a_version_takes_its_alias_in_the_moment_that_it_is_made(ledger: Ledger) -> None:
+    promote(ledger, 2, "candidate")
+    version = made_with(ledger, "candidate")
+    assert version.aliases == ("candidate",)
+    assert ledger.alias("atlas", "candidate").version == version.number
+    assert ledger.audit("atlas", None, 1)[0].actor == "ada"
+    assert changes(ledger) == ["alias.promote", "alias.promote"]
+    assert rollback(ledger, "candidate") == 2
+    told = [
+        t.kind for t in ledger.tasks_due(ledger.audit("atlas", None, 1)[0].time, 100) if t.version == version.number
+    ]
+    assert told == [TaskKind.PUBLISH, TaskKind.SET_ALIAS]
+
+
+@pytest.mark.usefixtures("four")
+def test_a_rejected_version_takes_no_alias(ledger: Ledger) -> None:
+    promote(ledger, 2, "candidate")
+    assert made_with(ledger, "candidate", ("specificity 0.70 < 0.90",)).aliases == ()
+    assert ledger.alias("atlas", "candidate").version == 2
+    assert changes(ledger) == ["alias.promote"]

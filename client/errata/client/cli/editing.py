@@ -40,6 +40,7 @@ def edit(
     steps: Annotated[int | None, typer.Option(metavar="N", help="Most steps of a value's descent.")] = None,
     guardrail: Guardrails = None,
     description: Description = "",
+    alias: Annotated[str, typer.Option(metavar="ALIAS", help="Point it to the version unless that is rejected.")] = "",
     dry_run: DryRun = False,
 ) -> None:
     """Correct or insert facts as a new version. Exits 1 where guardrails reject it."""
@@ -66,6 +67,8 @@ def edit(
         options["guardrails"] = guardrails(guardrail)
     if description:
         options["description"] = description
+    if alias:
+        options["alias"] = alias
     parent = session.version(on)
     if dry_run:
         checked = session.client.validate_edit(parent, requests, **options)

@@ -23,7 +23,7 @@ from errata.server.conversion.pinning import M, pinned
 from errata.server.errors import MalformedError
 from errata.server.images import ImagePolicy
 from errata.server.ledger.rows import JobKind
-from errata.server.names import VersionRef, job_of, version_ref
+from errata.server.names import VersionRef, alias_part, job_of, version_ref
 from errata.v1 import common_pb2, edit_pb2, evaluation_pb2, inference_pb2, trace_pb2
 
 _MOST_CONTEXTS, _MOST_PRESERVED = 512, 128
@@ -202,6 +202,7 @@ class Decoder:
             request_id=limits.request_id(message.request_id),
             validate_only=message.validate_only,
             description=limits.note(message.description, "description", most=4000),
+            alias=alias_part(message.alias, "alias") if message.alias else "",
         )
 
     def evaluation(self, message: evaluation_pb2.CreateEvaluationRequest) -> EvaluationOrder:

@@ -13,7 +13,7 @@ from errata.server.conversion.decode import Decoder
 from errata.server.conversion.encode import job_message
 from errata.server.errors import MalformedError
 from errata.server.ledger.rows import JobKind, JobRow
-from errata.server.names import VersionRef, job_name, version_name, version_ref
+from errata.server.names import VersionRef, alias_part, job_name, version_name, version_ref
 from errata.v1 import history_pb2
 
 _MOST_SOURCES = _MOST_FACTS = _MOST_PROBES = 1000
@@ -87,6 +87,7 @@ class DerivationOrder:
     request_id: str | None
     validate_only: bool
     description: str
+    alias: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +121,7 @@ def derivation_order(message: history_pb2.CreateDerivationRequest, decoder: Deco
         request_id=limits.request_id(message.request_id),
         validate_only=message.validate_only,
         description=limits.note(message.description, "description", most=4000),
+        alias=alias_part(message.alias, "alias") if message.alias else "",
     )
 
 

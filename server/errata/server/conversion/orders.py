@@ -44,6 +44,7 @@ class EditOrder:
     request_id: str | None
     validate_only: bool
     description: str
+    alias: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

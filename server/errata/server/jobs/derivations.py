@@ -107,6 +107,7 @@ class DerivationWork:
             rejections=tuple(outcome.rejections),
             result=outcome.SerializeToString(deterministic=True),
             summary=history_summary(outcome),
+            alias=message.alias,
         )
 
     def _fail(self, job: RunningJob, outcome: history_pb2.Derivation) -> None:

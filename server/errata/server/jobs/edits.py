@@ -76,6 +76,7 @@ class EditWork:
             rejections=judged.rejections,
             result=outcome.SerializeToString(deterministic=True),
             summary=ended_summary(job.row.summary, outcome, "outcomes"),
+            alias=order.alias,
         )
 
     def _judged(self, job: RunningJob, loaded: LoadedModel, order: EditOrder) -> Judged:

@@ -42,8 +42,12 @@ class Publisher:
         rejections: tuple[str, ...],
         result: bytes,
         summary: bytes,
+        alias: str,
     ) -> VersionRow:
-        """Ends the job with its version: SUCCEEDED, or REJECTED with `rejections`. Raises what stops it before."""
+        """Ends the job with its version: SUCCEEDED, with `alias` on it if not "", or REJECTED with `rejections`.
+
+        Raises what stops it before.
+        """
         job.check()
         # From here on it is not stopped, so that a cancelled job leaves nothing on the disk.
         stored = self._deltas.put(delta, loaded.base)
@@ -57,6 +61,7 @@ class Publisher:
             facts=tuple(facts),
             scores=scores_json(scores),
             rejections=rejections,
+            alias=alias,
         )
         publish = self._outbox_notify is not None
         version = self._ledger.commit_edit(job.row.id, new, result=result, publish=publish, summary=summary)

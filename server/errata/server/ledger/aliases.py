@@ -57,14 +57,7 @@ class AliasLedger(Database):
             _check_guardrails(version, override_reason)
             if validate_only:
                 return AliasRow(model=model, alias=alias, version=number, etag=_etag(held) if held else "")
-            previous = _previous(alias, held)
-            held = _moved(session, held, version, alias)
-            session.add(_change(held, previous, self._now()))
-            details: dict[str, object] = {"version": number, "previous": previous}
-            if version.rejections:
-                details |= {"reason": override_reason, "rejections": version.rejections}
-            action = "alias.promote.override" if version.rejections else "alias.promote"
-            self._tell(session, held, version, actor=actor, action=action, details=details, publish=publish)
+            held = point(session, self._now(), version, alias, actor=actor, publish=publish, reason=override_reason)
             return _row(held)
 
     def rollback(self, model: str, alias: str, *, etag: str | None, actor: str, publish: bool) -> AliasRow:
@@ -85,7 +78,8 @@ class AliasLedger(Database):
             version = _take_back(session, held)
             _moved(session, held, version, alias)
             details = {"version": version.number, "previous": left}
-            self._tell(session, held, version, actor=actor, action="alias.rollback", details=details, publish=publish)
+            now = self._now()
+            _tell(session, now, held, version, actor=actor, action="alias.rollback", details=details, publish=publish)
             return _row(held)
 
     def alias(self, model: str, alias: str) -> AliasRow:
@@ -100,24 +94,46 @@ class AliasLedger(Database):
             known_model(session, model)
             return [_row(alias) for alias in session.scalars(query)]
 
-    def _tell(
-        self,
-        session: Session,
-        held: Alias,
-        version: Version,
-        *,
-        actor: str,
-        action: str,
-        details: Mapping[str, object],
-        publish: bool,
-    ) -> None:
-        resource = alias_name(held.model, held.alias)
-        write_down(
-            session, self._now(), actor=actor, action=action, model=held.model, resource=resource, details=details
-        )
-        if publish:
-            in_mlflow = 0 if version.publish_state is PublishState.NONE else version.number
-            enqueue(session, self._now(), TaskKind.SET_ALIAS, held.model, in_mlflow, {"alias": held.alias})
+
+def point(
+    session: Session,
+    now: datetime,
+    version: Version,
+    alias: str,
+    *,
+    actor: str,
+    publish: bool,
+    reason: str | None = None,
+) -> Alias:
+    """Points the alias to the version, within the caller's transaction. `reason` says why a rejected one has it."""
+    held = session.get(Alias, (version.model, alias))
+    previous = _previous(alias, held)
+    held = _moved(session, held, version, alias)
+    session.add(_change(held, previous, now))
+    details: dict[str, object] = {"version": version.number, "previous": previous}
+    if version.rejections:
+        details |= {"reason": reason, "rejections": version.rejections}
+    action = "alias.promote.override" if version.rejections else "alias.promote"
+    _tell(session, now, held, version, actor=actor, action=action, details=details, publish=publish)
+    return held
+
+
+def _tell(
+    session: Session,
+    now: datetime,
+    held: Alias,
+    version: Version,
+    *,
+    actor: str,
+    action: str,
+    details: Mapping[str, object],
+    publish: bool,
+) -> None:
+    resource = alias_name(held.model, held.alias)
+    write_down(session, now, actor=actor, action=action, model=held.model, resource=resource, details=details)
+    if publish:
+        in_mlflow = 0 if version.publish_state is PublishState.NONE else version.number
+        enqueue(session, now, TaskKind.SET_ALIAS, held.model, in_mlflow, {"alias": held.alias})
 
 
 def _check_etag(model: str, alias: str, held: Alias | None, etag: str | None) -> None:

@@ -7,6 +7,7 @@ from sqlalchemy import ColumnElement, select
 from sqlalchemy.orm import Session
 
 from errata.server.errors import BaseChangedError, LedgerError, VersionInUseError
+from errata.server.ledger.aliases import point
 from errata.server.ledger.audit import write_down
 from errata.server.ledger.database import Database
 from errata.server.ledger.jobs import end, job_by_id
@@ -30,8 +31,8 @@ class EditLedger(Database):
     ) -> VersionRow:
         """Makes the version of an edit or a derivation and ends it: SUCCEEDED, or REJECTED with `rejections`.
 
-        One transaction: number, version, job, outbox, audit, or nothing at all. A job that has its version is given
-        that one again.
+        One transaction: number, version, alias, job, outbox, audit, or nothing at all. A job that has its version is
+        given that one again.
 
         Raises:
             NotFoundError: no such job.
@@ -61,6 +62,9 @@ class EditLedger(Database):
                 resource=version_name(model.name, made.number),
                 details={edit.kind.value: edit.id, "parent": edit.version, "rejections": version.rejections},
             )
+            if version.alias and not version.rejections:
+                session.flush()
+                point(session, now, made, version.alias, actor=edit.created_by, publish=publish)
             return version_row(session, made)
 
     def delete_version(self, model: str, number: int, *, actor: str, publish: bool) -> VersionRow:

@@ -98,7 +98,10 @@ class JobRow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewVersion:
-    """What an edit or a derivation hands in. `scores` is a serialized list of the proto's MetricScore, as JSON."""
+    """What an edit or a derivation hands in. `scores` is a serialized list of the proto's MetricScore, as JSON.
+
+    `alias` is pointed to the version unless that is rejected; "" for none.
+    """
 
     base_sha256: str
     delta_sha256: str
@@ -107,6 +110,7 @@ class NewVersion:
     facts: tuple[str, ...]
     scores: str
     rejections: tuple[str, ...]
+    alias: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
