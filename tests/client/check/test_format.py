@@ -118,8 +118,8 @@ def test_a_mistake_is_named_with_its_line_and_field(write: Write, more: str, sai
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "FILE:1: the file is empty; it needs `version: 1` and `probes`"),
-        ("# only a comment\n", "FILE:1: the file is empty; it needs `version: 1` and `probes`"),
+        ("", "FILE:1: the file is empty; write at least one entry"),
+        ("# only a comment\n", "FILE:1: the file is empty; write at least one entry"),
         ("- a list\n", "FILE:1: it has to be a mapping of fields to values"),
         ("version: 1\nprobes: []\n", "FILE:2: probes: it is empty; give at least one"),
         ("probes: [{id: a, prompt: b, expected: c}]\n", "FILE:1: version: it is missing; give it"),

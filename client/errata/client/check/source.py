@@ -51,7 +51,7 @@ def read_source(path: Path) -> Source:
     try:
         root = loader.get_single_node()
         if root is None:
-            raise CheckError.of("the file is empty; it needs `version: 1` and `probes`", path=path, line=1)
+            raise CheckError.of("the file is empty; write at least one entry", path=path, line=1)
         if doubled := list(_doubled(root, set())):
             raise CheckError([Problem(message=m, path=path, line=line) for line, m in doubled])
         return Source(path, loader.construct_document(root), root)
