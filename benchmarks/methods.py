@@ -9,7 +9,7 @@ import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +24,7 @@ from errata.editor.atlas.facts import Fact, edit_requests, errata, long_tail, pr
 from errata.editor.baselines import DescentSettings, FineTuneSettings, LoraSettings, fine_tune, fine_tune_lora
 from errata.editor.checkpoints import ATLAS, load_model
 from errata.editor.delta import applied
-from errata.editor.errors import ErrataError
+from errata.editor.errors import ErrataError, NoOpEditError
 from errata.editor.evaluation import Metric, evaluate
 from errata.editor.methods import EditSettings, Keys, Method, edit
 from errata.editor.model import EditableModel
@@ -122,7 +122,10 @@ def judge(model: EditableModel, editor: Editor, batches: Sequence[Sequence[Fact]
     seconds, sizes = [], []
     for facts in batches:
         began = time.perf_counter()
-        child, size = editor(model, facts, seed)
+        try:
+            child, size = editor(model, facts, seed)
+        except NoOpEditError:
+            child, size = nullcontext(), 0  # Right before: judged as it is.
         seconds.append(time.perf_counter() - began)
         sizes.append(size)
         asked = [p for p in probes(facts, seed=seed, others=max(6, 3 * len(facts))) if p.metric in JUDGED]
