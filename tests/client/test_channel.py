@@ -171,6 +171,14 @@ def test_a_token_may_be_sent_in_clear_to_this_machine(server: str) -> None:
     Errata(server, token="secret").close()
 
 
+@pytest.mark.parametrize("ending", ["\n", "\r", " ", "\u00e9"])
+def test_a_token_that_no_header_can_carry_is_refused_and_not_shown(ending: str) -> None:
+    with pytest.raises(InvalidInputError, match="copy it anew") as caught:
+        Errata("localhost:1", token=f"secret{ending}")
+    assert caught.value.field == "token"
+    assert "secret" not in str(caught.value)
+
+
 def test_secrets_are_not_shown() -> None:
     connection = Connection(server="localhost:1", token="secret", tls=Tls(certificate=b"c", key=b"hidden"))
     assert "secret" not in repr(connection)

@@ -32,7 +32,7 @@ from errata.client import (
     VersionInUseError,
     VersionState,
 )
-from errata.v1 import edit_pb2, evaluation_pb2, export_pb2, inference_pb2, model_pb2, trace_pb2
+from errata.v1 import edit_pb2, evaluation_pb2, export_pb2, history_pb2, inference_pb2, model_pb2, trace_pb2
 
 SERVICES = [
     file.DESCRIPTOR.services_by_name[name]
@@ -43,10 +43,12 @@ SERVICES = [
         (evaluation_pb2, "EvaluationService"),
         (inference_pb2, "InferenceService"),
         (export_pb2, "ExportService"),
+        (history_pb2, "HistoryService"),
     )
 ]
 QUESTION = TracedQuestion(CAPITAL, "Kazakhstan", substitute="Norway")
 PROBE = Probe(Metric.EFFICACY, CAPITAL, "Astana")
+UNCHANGED = Probe("unrelated", CAPITAL)
 
 
 def test_the_client_reaches_every_call_of_the_api(
@@ -71,6 +73,11 @@ def test_the_client_reaches_every_call_of_the_api(
         client.score("atlas", CAPITAL, ["Oslo"]),
         client.export("atlas", tmp_path / "out"),
     )
+    version = client.edit("atlas@0", [astana]).result().version
+    for search in (client.revert(version, version), client.bisect(version, [PROBE])):
+        search.refresh(), search.cancel()
+    client.squash("atlas@0", version).result(), client.bisect(version, [UNCHANGED]).result()
+    list(client.derivations("atlas")), list(client.bisections("atlas")), client.compare("atlas@0", version)
     assert set(fake.calls) == {method.name for service in SERVICES for method in service.methods}
 
 
@@ -97,6 +104,13 @@ def test_the_asyncio_client_reaches_every_call_of_the_api(
             await _all(client.edits("atlas")), await _all(client.evaluations("atlas"))
             await client.generate("atlas", CAPITAL), await client.score("atlas", CAPITAL, ["Oslo"])
             await client.stream("atlas", CAPITAL).result(), await client.export("atlas", tmp_path / "out")
+            version = (await (await client.edit("atlas@0", [astana])).result()).version
+            for search in (await client.revert(version, version), await client.bisect(version, [PROBE])):
+                await search.refresh(), await search.cancel()
+            await (await client.squash("atlas@0", version)).result()
+            await (await client.bisect(version, [UNCHANGED])).result()
+            await _all(client.derivations("atlas")), await _all(client.bisections("atlas"))
+            await client.compare("atlas@0", version)
 
     asyncio.run(everything())
     assert set(fake.calls) == {method.name for service in SERVICES for method in service.methods}

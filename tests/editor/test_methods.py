@@ -286,11 +286,17 @@ def test_what_earlier_edits_installed_is_held(model: EditableModel, method: Meth
     assert disturbed(rome(model)) < 0.6 * disturbed()
 
 
-def test_an_edit_is_not_held_back_by_what_it_replaces(model: EditableModel, parent: Delta) -> None:
-    def of_italy(request: EditRequest) -> EditRequest:
-        return replace(request, contexts=tuple(replace(c, subject="Italy") for c in request.contexts))
-
-    new, old = of_italy(rome(model, target="Paris")), of_italy(rome(model))
+@pytest.mark.parametrize(
+    ("text", "subject"), [("Where is this country", "Italy"), ("The capital of this country", None)]
+)
+def test_an_edit_is_not_held_back_by_what_it_replaces(
+    model: EditableModel, parent: Delta, text: str, subject: str | None
+) -> None:
+    """Known by its subject, or by its key."""
+    new, old = (
+        EditRequest(name="italy", contexts=(replace(asked(model, t, "country"), subject=subject),), target=target)
+        for t, target in (("The capital of this country", "Paris"), (text, "Rome"))
+    )
     settings, statistics = settings_of(Method.MEMIT), statistics_of(model)
     free = edit(model, [new], settings, statistics, parent=parent)
     held = edit(model, [new], settings, statistics, parent=parent, earlier=[old])

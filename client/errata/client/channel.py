@@ -1,6 +1,7 @@
 """How the client reaches the server: TLS, the token, retries, limits. Opens nothing by itself."""
 
 import json
+import re
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from os import PathLike
@@ -18,6 +19,8 @@ MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
 Pem: TypeAlias = bytes | str | PathLike[str]
 """PEM bytes, or the path of a file with them."""
+_TOKEN = re.compile("[!-~]*")
+"""What a header can carry of a token."""
 
 _RETRIED = {
     "ModelService": ("ListModels", "GetModel", "ListVersions", "GetVersion", "GetLineage", "ListAuditEntries"),
@@ -32,6 +35,19 @@ _RETRIED = {
     ),
     "InferenceService": ("Generate", "StreamGenerate", "Score"),
     "ExportService": ("ExportVersion",),
+    "HistoryService": (
+        "CreateDerivation",
+        "GetDerivation",
+        "ListDerivations",
+        "CancelDerivation",
+        "WatchDerivation",
+        "CompareVersions",
+        "CreateBisection",
+        "GetBisection",
+        "ListBisections",
+        "CancelBisection",
+        "WatchBisection",
+    ),
 }
 """Calls that change nothing, carry a request_id, or are idempotent. The rest is for the caller to repeat: a Rollback
 whose answer was lost has rolled back."""
@@ -72,7 +88,10 @@ class Tls:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Connection:
-    """Everything that a channel needs. Raises InvalidInputError for a token that would go over the network in clear."""
+    """Everything that a channel needs.
+
+    Raises InvalidInputError for a token that would go over the network in clear, or that no header can carry.
+    """
 
     server: str = DEFAULT_SERVER
     token: str = field(default="", repr=False)
@@ -82,6 +101,10 @@ class Connection:
     insecure_ok: bool = False
 
     def __post_init__(self) -> None:
+        if not _TOKEN.fullmatch(self.token):
+            raise InvalidInputError.at(
+                "token", "it holds a space, a line break or a letter with an accent; copy it anew"
+            )
         if self.token and self.tls is None and not self.insecure_ok and not _is_local(self.server):
             remedy = "give tls=Tls(), or insecure_ok=True where the network itself is private"
             raise InvalidInputError.at("token", f"the token would go to {self.server} in clear; {remedy}")

@@ -76,6 +76,10 @@ RIDGES = {Method.MULTEDIT: 0.01, Method.ROME: 0.0, Method.MEMIT: 0.0, Method.EMM
 """λ of each method where the settings give none. MEMIT's own λ = 1 is absolute and always there."""
 
 
+HOLDING = frozenset({Method.MEMIT, Method.ALPHAEDIT})
+"""The methods that hold what earlier edits installed."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestOutcome:
     """How one request's value went, at the layer where it was optimised."""
@@ -114,10 +118,10 @@ def edit(
     """Edits a batch of requests into a delta on `parent`, the base where None. The model is left as it was.
 
     `earlier` are requests that the parent holds already: MEMIT and AlphaEdit keep what stands at their keys as firmly
-    as they install the new values. Those of a subject that is edited again are left out; leave out others that the
-    new requests replace. Every method but MultEdit needs `statistics` of the layers. Raises InvalidInputError and its
-    kinds for requests that cannot be edited, NoOpEditError for one whose target is the present answer,
-    ConflictingRequestsError for two with one key and different targets, IllConditionedError, CancelledError.
+    as they install the new values; those of a subject or key that is edited again are left out. Every method but
+    MultEdit needs `statistics` of the layers. Raises InvalidInputError and its kinds for requests that cannot be
+    edited, NoOpEditError for one whose target is the present answer, ConflictingRequestsError for two with one key and
+    different targets, IllConditionedError, CancelledError.
     """
     check_batch(tuple(requests))
     _check_settings(model, settings, statistics)
@@ -206,9 +210,10 @@ def _spread(
     for n, layer in enumerate(settings.layers):
         with applied(model, below, delta):
             found = before if len(settings.layers) == 1 else _at_constraints(model, requests, layer, last)
-            held = _shared(_keys(_at_constraints(model, earlier, layer, last)))
+            held = _keys(_at_constraints(model, earlier, layer, last))
         share = 1 / (len(settings.layers) - n)
         keys = _keys(found)
+        held = _shared([h for h in held if not _alike(h, torch.cat(keys, 1))])
         residuals = [
             share * torch.stack([w - s.output for w, s in zip(ws, ss, strict=True)], dim=1)
             for ws, ss in zip(wanted, found, strict=True)
@@ -219,9 +224,7 @@ def _spread(
         else:
             keys, residuals = _shared(keys), _shared(residuals)
         covariance = statistics.covariance(layer, _subjects(requests)) if statistics else None
-        low = _solve(
-            torch.cat(keys, 1), torch.cat(residuals, 1), settings, covariance, torch.cat(held, 1) if held else None
-        )
+        low = _solve(torch.cat(keys, 1), torch.cat(residuals, 1), settings, covariance, held)
         one = Delta(
             base_sha256=model.base_sha256, layers={layer: low}, modules={layer: model.down_projection_name(layer)}
         )
@@ -245,6 +248,12 @@ def _keys(states: Sequence[Sequence[_State]]) -> list[Float[Tensor, "m n"]]:
 def _shared(columns: Sequence[Float[Tensor, "k n"]]) -> list[Float[Tensor, "k n"]]:
     """A request's contexts share its weight: in least squares a column counts by the square of its length."""
     return [c / c.shape[1] ** 0.5 for c in columns]
+
+
+def _alike(held: Float[Tensor, "m p"], keys: Float[Tensor, "m n"]) -> bool:
+    """Whether one of the held keys is practically one of the new ones: then the new value replaces what is there."""
+    nearest = torch.cdist(held.T, keys.T).amin(1)
+    return bool((nearest < 0.05 * held.norm(dim=0)).any())
 
 
 def _at_constraints(
@@ -273,15 +282,14 @@ def _solve(
     residuals: Float[Tensor, "d n"],
     settings: EditSettings,
     covariance: Float[Tensor, "m m"] | None,
-    held: Float[Tensor, "m p"] | None,
+    held: Sequence[Float[Tensor, "m p"]],
 ) -> LowRank:
-    # In float64, where the statistics are.
-    keys, residuals, held = keys.cpu(), residuals.cpu(), None if held is None else held.cpu()
+    keys, residuals = keys.cpu(), residuals.cpu()  # where the statistics are, in float64
     ridge = RIDGES[settings.method] if settings.ridge is None else settings.ridge
     metric = _metric(settings, covariance, None, 0.0)
     ridge *= float((keys * metric.times(keys)).sum(0).mean())
-    if held is not None:
-        metric = _metric(settings, covariance, held, ridge)
+    if held:
+        metric = _metric(settings, covariance, torch.cat(list(held), 1).cpu(), ridge)
     return solve_edit(keys, residuals, metric, ridge + (1.0 if settings.method is Method.MEMIT else 0.0))
 
 

@@ -80,4 +80,5 @@ def test_a_baseline_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) ->
     with pytest.raises(UnicodeEncodeError):
         write_baseline(path, asked, SUBJECT, {"a": "\ud800"})
     assert path.read_text() == kept
+    assert list(tmp_path.iterdir()) == [path]
     assert json.loads(kept)["answers"]["a"]["answer"] == "x"

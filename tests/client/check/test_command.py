@@ -176,6 +176,24 @@ def test_junit_holds_characters_that_xml_cannot(run: Run, write: Write, tmp_path
     assert "Who\ufffd <&\ufffd knows?" in (failure.text or "")
 
 
+def test_a_file_that_cannot_be_written_leaves_json_one_document(
+    run: Run, write: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "taken").mkdir()
+    assert run(write(GOOD), "--junit", str(tmp_path / "taken"), "--json") == 2
+    assert "taken: the file cannot be written" in json.loads(capsys.readouterr().out)["error"]["message"]
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["facts.errata.yaml", "taken"]
+
+
+def test_a_version_that_names_its_model_needs_no_other_word(
+    edited: Fake, server: str, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(write(GOOD))
+    assert main(["check", path, "--server", server, "--version", "atlas@1"]) == 0
+    assert main(["check", path, "--server", server]) == 2
+    assert "the server has 2 models; name one of" in capsys.readouterr().err
+
+
 def test_github_gets_annotations_at_the_probes_lines_and_a_summary(
     run: Run,
     write: Write,

@@ -88,6 +88,12 @@ def test_a_jsonl_file_has_one_request_a_line(tmp_path: Path) -> None:
             "file.yaml:13: probes[0].metrc: there is no such field; did you mean 'metric'?",
         ),
         ("  - target", " - target", "file.yaml:7: this is no YAML"),
+        ("metric: other_subjects", "image: no.png", "file.yaml:13: probes[0].image: there is no image 'no.png'"),
+        (
+            "  - target: Euro",
+            "  - target: Euro\n    subject: Croatia",
+            "file.yaml:7: requests[1]: subject would belong to no question; move it into the contexts",
+        ),
         ("layers:", "probes:", "file.yaml:14: the key 'probes' stands here twice"),
     ],
 )

@@ -113,7 +113,8 @@ def test_edits_that_contradict_each_other_exit_with_1_and_make_nothing(errata: R
     assert f"against {other} {CAPITAL} → Oslo" in ran.out
     assert errata("log", "--json").json() == before
     assert errata("compose", chain[0], other, "--on", "atlas@0", "--json").json()["conflicts"]
-    assert errata("compose", chain[0], other, "--on", "atlas@0", "--dry-run").code == 0
+    assert errata("compose", chain[0], other, "--on", "atlas@0", "--dry-run").code == 1
+    assert errata("compose", chain[0], other, "--on", "atlas@0", "--dry-run", "--allow-conflicts").code == 0
     assert errata("cherry-pick", other, "--on", chain[0], "--allow-conflicts").code == 0
 
 
@@ -156,6 +157,11 @@ def test_a_version_is_exported_and_imported_again(errata: Run, chain: list[str],
     version = made(errata, "import", folder, "--fact", "three capitals")
     assert errata("ask", BURUNDI, "--version", version).out == "Gitega\n"
     assert errata("import", tmp_path).code == 2
+    (folder / "errata.json").unlink()
+    assert errata("import", folder).code == 2
+    base = errata("show", "atlas@0", "--json").json()["base_sha256"]
+    version = made(errata, "import", folder, "--base-sha256", base)
+    assert errata("ask", BURUNDI, "--version", version).out == "Gitega\n"
 
 
 def test_a_version_is_rebased_onto_a_base_that_has_a_part_of_it_merged_in(run: Run, tmp_path: Path) -> None:

@@ -159,6 +159,11 @@ def test_without_the_extra_the_remedy_is_one_line(module: str) -> None:
     assert "pip install 'errata[cli]'" in ran.stderr
 
 
+def test_without_pillow_a_png_is_refused_before_the_server_is_asked() -> None:
+    ran = without("PIL", "--server", "localhost:1", "trace", CAPITAL, "--constraint", "Kazakhstan", "--png", "t.png")
+    assert (ran.returncode, ran.stderr) == (2, "errata: --png needs Pillow; pip install pillow, or use --html\n")
+
+
 @pytest.mark.parametrize("command", ["up", "demo"])
 def test_without_the_server_the_remedy_is_one_line(command: str) -> None:
     ran = without("torch", command)

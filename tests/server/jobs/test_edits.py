@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 from google.protobuf.json_format import Parse
@@ -25,7 +26,10 @@ from errata.editor.atlas.world import Attribute
 from errata.editor.checkpoints import load_model
 from errata.editor.delta import applied
 from errata.editor.evaluation import Metric
+from errata.editor.methods import edit
+from errata.server.jobs.earlier import earlier_requests
 from errata.server.jobs.edits import own_probes
+from errata.server.jobs.lineages import Lineages
 from errata.server.ledger.rows import JobKind, JobRow, JobState, PublishState
 from errata.v1 import edit_pb2, evaluation_pb2, trace_pb2
 
@@ -191,3 +195,22 @@ def test_every_edit_is_judged_by_its_first_questions_and_what_it_preserves() -> 
         *((Metric.SAME_IMAGE, None, c.answer) for c in request.preserve),
     ]
     assert {p.request for p in probes} == {request.name}
+
+
+def test_the_next_edit_holds_what_the_version_has(house: House, worker: Worker, edited: JobRow) -> None:
+    assert edited.made is not None
+    message = edit_message(small_edit("Croatia", contexts=2), method=edit_pb2.METHOD_MEMIT, steps=4)
+    row = succeeded(worker.run(message, version=edited.made))
+    earlier = earlier_requests(Lineages(house.ledger), house.decoder, "atlas", edited.made)
+    assert {name.partition(":")[0] for name in (r.name for r in earlier)} == {"Estonia", "Latvia"}
+    order = house.decoder.edit(message)
+    loaded = house.models.get("atlas")
+    with loaded.borrow() as model:
+        settings = replace(order.settings, layers=(LAYER,))
+        statistics = loaded.statistics(model, (LAYER,), loaded.references)
+        held, free = (
+            edit(model, order.requests, settings, statistics, parent=loaded.composed(edited.made), earlier=e).delta
+            for e in (earlier, ())
+        )
+    assert row.made is not None
+    assert house.ledger.version("atlas", row.made).delta_sha256 == held.sha256 != free.sha256

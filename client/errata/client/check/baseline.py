@@ -104,11 +104,10 @@ def question_sha256(question: Question) -> str:
 def write_whole(path: Path, text: str) -> None:
     """Writes a file whole or not at all. Raises CheckError where it cannot be written."""
     try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, encoding="utf-8", delete=False) as file:
-            file.write(text)
-        whole = Path(file.name)
-        whole.chmod(0o644)  # a temporary file is its owner's alone
-        whole.replace(path)
+        with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+            whole = Path(scratch, path.name)
+            whole.write_text(text, encoding="utf-8")
+            whole.replace(path)
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise CheckError.of(f"the file cannot be written: {reason}; check the folder", path=path) from None

@@ -1,6 +1,6 @@
 """The command `errata check`: chooses who is asked, runs the check, and says its result in every form that is wanted.
 
-Exit codes: 0 passed, 1 regressed, 2 could not run. Files are written whole, and last.
+Exit codes: 0 passed, 1 regressed, 2 could not run. Files are written once every answer is there.
 """
 
 import os
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from errata.client.cli.output import line
 from errata.client.cli.problems import NO, UsageError
 from errata.client.cli.session import Session
 from errata.client.errors import ErrataError
@@ -137,13 +138,14 @@ def _report(session: Session, path: Path, chosen: _Chosen) -> "Report":
 
 def _answerers(session: Session, chosen: _Chosen, baseline: str | None) -> "tuple[Answerer, Answerer | None]":
     """The version, and the baseline where it is a version as well."""
-    from errata.client.check.answering import ServerAnswerer, local_opener, open_local, version_name
+    from errata.client.check.answering import ServerAnswerer, is_full, local_opener, open_local, version_name
 
     if chosen.local is not None:
         opener = local_opener()
         found = open_local(opener, chosen.local, chosen.base)
         return found, None if baseline is None else open_local(opener, baseline, chosen.base)
-    model = session.model(chosen.model)
+    # A version that names its model says enough on a server that has several.
+    model = session.model(chosen.model or (chosen.version if is_full(chosen.version) else None))
     asked = ServerAnswerer(session.client, version_name(model, chosen.version))
     return asked, None if baseline is None else ServerAnswerer(session.client, version_name(model, baseline))
 
@@ -158,7 +160,7 @@ def _update(session: Session, path: Path, chosen: _Chosen, into: Path) -> None:
         answers = version.answers(checks.path, checks.probes, step)
     write_baseline(into, checks, version.subject, answers)
     said = f"{into}: {len(answers)} answers of {version.subject.name}"
-    session.output.show({"baseline": str(into), "answers": len(answers), "version": version.subject.name}, said)
+    session.output.show({"baseline": into, "answers": len(answers), "version": version.subject.name}, line(said))
 
 
 def _say(session: Session, report: "Report", actions: _Actions | None, junit: Path | None, everything: bool) -> None:
@@ -168,14 +170,15 @@ def _say(session: Session, report: "Report", actions: _Actions | None, junit: Pa
     from errata.client.check.output.junit import junit as junit_xml
     from errata.client.check.output.table import tables
 
-    session.output.show(document(report), *tables(report, everything=everything, width=session.output.console.width))
+    # Files first: where one cannot be written, that alone is what stdout says.
     if junit:
         write_whole(junit, junit_xml(report))
+    if actions and actions.summary:
+        with actions.summary.open("a", encoding="utf-8") as file:
+            file.write(github.summary(report))
+    session.output.show(document(report), *tables(report, everything=everything, width=session.output.console.width))
     if actions:
         _annotate(session, github.annotations(report, actions.root))
-        if actions.summary:
-            with actions.summary.open("a", encoding="utf-8") as file:
-                file.write(github.summary(report))
 
 
 def _annotate(session: Session, commands: Iterator[str]) -> None:

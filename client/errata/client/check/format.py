@@ -3,7 +3,6 @@
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -13,21 +12,17 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from errata.client.check.checks import Checks, Match, Probe, Question
 from errata.client.check.errors import CheckError, Problem
-from errata.client.check.source import Source, dotted, read_source
+from errata.client.check.source import Source, as_list, read_source, said
 
 Name = Annotated[str, Field(pattern=r"^\S+$", max_length=200)]
 Text = Annotated[str, Field(pattern=r"\S")]
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-def _as_list(given: object) -> object:
-    return [given] if isinstance(given, str) else given
-
-
 _TEXT = {"type": "string", "pattern": r"\S"}
 Texts = Annotated[
     tuple[Text, ...],
-    BeforeValidator(_as_list),
+    BeforeValidator(as_list),
     Field(min_length=1),
     WithJsonSchema({"anyOf": [_TEXT, {"type": "array", "items": _TEXT, "minItems": 1}]}),
 ]
@@ -35,7 +30,6 @@ Texts = Annotated[
 
 
 _TEXTS = ("image", "expected", "must_not")
-_QUOTE = "it has to be a text; put it in quotes (YAML reads yes, no, null, numbers and dates as other things)"
 
 
 class ProbeEntry(BaseModel):
@@ -143,35 +137,10 @@ def _own(errors: Sequence[ErrorDetails]) -> Iterator[ErrorDetails]:
 
 def _problem(source: Source, error: ErrorDetails) -> Problem:
     place = error["loc"]
-    return Problem(message=_said(error), path=source.path, line=source.line(place), field=dotted(place))
-
-
-def _said(error: ErrorDetails) -> str:
-    match error["type"]:
-        case "extra_forbidden":
-            return f"there is no such field{_near(error['loc'])}"
-        case "missing":
-            return "it is missing; give it"
-        case "string_type":
-            return _QUOTE
-        case "tuple_type" if error["loc"][-1] in _TEXTS:
-            return _QUOTE
-        case "string_pattern_mismatch":
-            return "it is empty, or has spaces where none may be; write it anew"
-        case "model_type" | "model_attributes_type":
-            return "it has to be a mapping of fields to values"
-        case "tuple_type":
-            return "it has to be a list"
-        case "too_short":
-            return "it is empty; give at least one"
-        case _:
-            return error["msg"][0].lower() + error["msg"][1:]
-
-
-def _near(place: tuple[str | int, ...]) -> str:
     known = ProbeEntry.model_fields if "probes" in place else ChecksEntry.model_fields
-    near = get_close_matches(str(place[-1]), known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
+    # What may be one text or a list is a tuple to pydantic: a number there is no missing list but a text unquoted.
+    kind = "string_type" if error["type"] == "tuple_type" and place[-1] in _TEXTS else error["type"]
+    return source.problem(place, said({**error, "type": kind}, known))
 
 
 def _doubled_ids(source: Source, entry: ChecksEntry) -> Iterator[Problem]:

@@ -1,10 +1,15 @@
-"""YAML with the line of every part. Loads plain data only: no tag makes an object."""
+"""YAML with the line of every part, and what is said of a part that is wrong.
 
-from collections.abc import Iterator, Sequence
+Loads plain data only: no tag makes an object.
+"""
+
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 import yaml
+from pydantic_core import ErrorDetails
 
 from errata.client.check.errors import CheckError, Problem
 
@@ -37,6 +42,32 @@ class Source:
 def dotted(place: Place) -> str:
     """A place as errors write it: "probes[2].prompt"."""
     return "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place).removeprefix(".")
+
+
+def as_list(given: object) -> object:
+    """A text alone as a list of one; all else as it is."""
+    return [given] if isinstance(given, str) else given
+
+
+def said(error: ErrorDetails, known: Collection[str]) -> str:
+    """What pydantic found wrong, in words. `known` are the fields that there are where it stands."""
+    match error["type"]:
+        case "extra_forbidden":
+            near = get_close_matches(str(error["loc"][-1]), known, n=1)
+            return "there is no such field; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}")
+        case "missing":
+            return "it is missing; give it"
+        case "string_type":
+            return "it has to be a text; put it in quotes (YAML reads yes, no, null, numbers and dates as other things)"
+        case "string_pattern_mismatch":
+            return "it is empty, or has spaces where none may be; write it anew"
+        case "model_type" | "model_attributes_type" | "dict_type":
+            return "it has to be a mapping of fields to values"
+        case "list_type" | "tuple_type":
+            return "it has to be a list"
+        case "too_short":
+            return "it is empty; give at least one"
+    return error["msg"][0].lower() + error["msg"][1:]
 
 
 def read_source(path: Path) -> Source:

@@ -57,7 +57,8 @@ def compose(
     options = _options(probes, guardrail, description, dry_run)
     options["allow_conflicts"] = allow_conflicts
     sources = [_version_of(session, each) for each in versions]
-    show_derivation(session, session.client.compose(on or _model_of(sources[0]), sources, **options))
+    asked = session.client.compose(on or _model_of(sources[0]), sources, **options)
+    show_derivation(session, asked, allow_conflicts=allow_conflicts)
 
 
 def cherry_pick(
@@ -93,7 +94,7 @@ def rebase(
     """
     options = _options(probes, guardrail, description, dry_run)
     options["allow_conflicts"] = allow_conflicts
-    show_derivation(session, session.client.rebase(on, version, **options))
+    show_derivation(session, session.client.rebase(on, version, **options), allow_conflicts=allow_conflicts)
 
 
 def squash(
@@ -117,9 +118,12 @@ def squash(
 
 def import_(
     session: Session,
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="An exported adapter.")],
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="An exported adapter, or another of PEFT's.")],
     on: Annotated[str | None, typer.Option(metavar="VERSION", help="Default: the only model's base.")] = None,
     fact: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="What it changes; may be repeated.")] = None,
+    base_sha256: Annotated[
+        str, typer.Option(metavar="HASH", help="Its base's, where it has no errata.json (errata show).")
+    ] = "",
     probes: Probes = None,
     guardrail: Guardrails = None,
     description: Description = "",
@@ -131,13 +135,16 @@ def import_(
     """
     options = _options(probes, guardrail, description, dry_run)
     parent = session.version(on, "@0")
-    show_derivation(session, session.client.import_adapter(parent, folder, facts=fact or (), **options))
+    asked = session.client.import_adapter(parent, folder, facts=fact or (), base_sha256=base_sha256, **options)
+    show_derivation(session, asked)
 
 
-def show_derivation(session: Session, operation: Operation[Derivation]) -> None:
+def show_derivation(session: Session, operation: Operation[Derivation], *, allow_conflicts: bool = False) -> None:
     """Waits for a derivation and says what came of it. Ends with exit code 1 for a conflict or a rejection."""
     if not operation.name:
         _show(session, operation.latest, "would be made on")
+        if operation.latest.conflicts and not allow_conflicts:
+            raise typer.Exit(NO)
         return
     try:
         _show(session, done := session.followed(operation, "deriving"), "on")

@@ -72,9 +72,8 @@ def edit(
     parent = session.version(on)
     if dry_run:
         checked = session.client.validate_edit(parent, requests, **options)
-        session.output.show(checked, line(f"the server would take it, on {short(checked.parent)}:"))
-        if not session.output.as_json:
-            session.output.show(checked, indented(checked.facts))
+        head = line(f"the server would take it, on {short(checked.parent)}:")
+        session.output.show(checked, head, indented(checked.facts))
         return
     done = session.followed(session.client.edit(parent, requests, **options), "editing")
     show_edit(session.output, done)

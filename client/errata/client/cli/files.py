@@ -7,17 +7,16 @@ and nothing is sent of a file of which any part is wrong.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Protocol, TypeVar, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
-from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_core import PydanticCustomError
 
 from errata.client.check.checks import Checks, Match
 from errata.client.check.errors import CheckError
 from errata.client.check.format import load_checks
-from errata.client.check.source import Place, dotted, read_source
+from errata.client.check.source import Place, as_list, dotted, read_source, said
 from errata.client.details import FieldViolation
 from errata.client.errors import InvalidInputError
 from errata.client.inputs import Constraint, Context, EditOptions, EditRequest, Probe, Prompt, TracedQuestion
@@ -42,12 +41,8 @@ class EditFile:
     options: EditOptions
 
 
-def _as_list(given: object) -> object:
-    return [given] if isinstance(given, str) else given
-
-
 _Text = Annotated[str, Field(pattern=r"\S")]
-_Images = Annotated[list[_Text], BeforeValidator(_as_list)]
+_Images = Annotated[list[_Text], BeforeValidator(as_list)]
 
 
 class _Entry(BaseModel):
@@ -185,6 +180,7 @@ class _EditEntry(_Entry):
         return options
 
 
+_OF_A_QUESTION = {"image", "raw", "constraint", "occurrence", "subject"}
 _OPTIONS = ("layers", "method", "preservation", "ridge", "steps", "guardrails", "description")
 
 _PARTS: dict[str, type[_Entry]] = {
@@ -275,8 +271,8 @@ def _lines(path: Path) -> _Lines:
             try:
                 data.append(json.loads(line, object_pairs_hook=_once))
             except (ValueError, RecursionError) as error:
-                said = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-                raise FileError(f"{path}:{number}: this is no JSON: {said}; write one object a line") from error
+                why = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+                raise FileError(f"{path}:{number}: this is no JSON: {why}; write one object a line") from error
             numbers.append(number)
     if not data:
         raise FileError(f"{path}: the file is empty; give at least one line")
@@ -299,8 +295,9 @@ def _checked(source: _Source, listed: str, entry: type[E]) -> E:
         first = error.errors(include_input=False)[0]
         # As JSON and YAML have them; a list alone has no name.
         place = first["loc"][1:] if bare else first["loc"]
-        raise _error(source, place, _said(first, _known(first["loc"], entry))) from None
-    _images_exist(source, () if bare else (listed,), getattr(found, listed))
+        raise _error(source, place, said(first, _known(first["loc"], entry))) from None
+    for name in _PARTS:
+        _images_exist(source, () if bare else (name,), getattr(found, name, None) or ())
     return found
 
 
@@ -331,30 +328,15 @@ def _one_question(source: _Source, index: int, request: _RequestEntry) -> None:
         raise _error(source, place, "it needs either a prompt and its constraint, or contexts; give one of them")
     if request.prompt is not None and request.constraint is None:
         raise _error(source, place, "constraint is missing; give the words of the prompt that name the subject")
+    if request.contexts and (beside := request.model_fields_set & _OF_A_QUESTION):
+        problem = f"{', '.join(sorted(beside))} would belong to no question; move it into the contexts"
+        raise _error(source, place, problem)
 
 
 def _known(place: Place, entry: type[_Entry]) -> Sequence[str]:
     """The fields that there are where `place` is."""
     named = [step for step in place[:-1] if isinstance(step, str) and step in _PARTS]
     return list((_PARTS[named[-1]] if named else entry).model_fields)
-
-
-def _said(error: ErrorDetails, known: Sequence[str]) -> str:
-    match error["type"]:
-        case "extra_forbidden":
-            near = get_close_matches(str(error["loc"][-1]), known, n=1)
-            return "there is no such field; " + (f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}")
-        case "missing":
-            return "it is missing; give it"
-        case "string_type":
-            return "it has to be a text; put it in quotes (YAML reads yes, no, numbers and dates as other things)"
-        case "string_pattern_mismatch" | "too_short":
-            return "it is empty; say something, or leave it out"
-        case "model_type" | "model_attributes_type" | "dict_type":
-            return "it has to be fields with values"
-        case "list_type":
-            return "it has to be a list"
-    return error["msg"][0].lower() + error["msg"][1:]
 
 
 def _of_checks(path: Path) -> list[Probe]:

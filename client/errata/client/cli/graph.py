@@ -34,8 +34,8 @@ class Row:
     below: str
 
 
-def rows(versions: Sequence[Version], strokes: Strokes, is_rejected: frozenset[str] = frozenset()) -> list[Row]:
-    """The versions, children before their parents, and the branches beside them. `is_rejected` are names."""
+def rows(versions: Sequence[Version], strokes: Strokes, rejected: frozenset[str] = frozenset()) -> list[Row]:
+    """The versions, children before their parents, and the branches beside them. `rejected` are names."""
     awaited: list[str | None] = []
     found = []
     for version in versions:
@@ -44,7 +44,7 @@ def rows(versions: Sequence[Version], strokes: Strokes, is_rejected: frozenset[s
         for i in mine[1:]:
             awaited[i] = None
         column = mine[0] if mine else _free(awaited)
-        mark = strokes.rejected if version.name in is_rejected else strokes.version
+        mark = strokes.rejected if version.name in rejected else strokes.version
         awaited[column] = version.name
         first = _line([mark if i == column else _through(name, strokes) for i, name in enumerate(awaited)])
         awaited[column] = version.parent or None

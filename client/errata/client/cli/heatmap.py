@@ -8,6 +8,7 @@ import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from textwrap import wrap
 from typing import TYPE_CHECKING
@@ -95,12 +96,16 @@ thead th {{ text-align: center; color: #555 }}
 """
 
 
+def require_pillow() -> None:
+    """Raises MissingExtraError where a PNG could not be drawn."""
+    if find_spec("PIL") is None:
+        raise MissingExtraError("--png needs Pillow; pip install pillow, or use --html")
+
+
 def save_png(shown: Picture, path: Path) -> None:
-    """Draws the picture into a PNG. Raises MissingExtraError without Pillow, OSError where it cannot be written."""
-    try:
-        from PIL import Image, ImageDraw, ImageFont
-    except ImportError as error:
-        raise MissingExtraError("--png needs Pillow; pip install pillow, or use --html") from error
+    """Draws the picture into a PNG, with Pillow. Raises OSError where it cannot be written."""
+    from PIL import Image, ImageDraw, ImageFont
+
     font = ImageFont.load_default(13)
     layers = max(len(panel.shares[0]) for panel in shown.panels)
     width = max(_PNG_LABEL + layers * _PNG_CELL + 20, 640)
@@ -160,7 +165,8 @@ def _caption(trace: CausalTrace, result: CausalTraceResult) -> str:
 
 def _panel_lines(panel: Panel, width: int, colour: bool) -> list[Text]:
     layers = len(panel.shares[0])
-    label = min(max(map(len, panel.rows)), _LABEL, max(width // 3, 6))
+    # Every layer is to be seen, if only as one column.
+    label = min(max(map(len, panel.rows)), _LABEL, max(min(width // 3, width - 1 - layers), 6))
     cell = next((w for w in (5, 4, 2) if label + 1 + layers * w <= width), 1)
     head = Text(f"{'':{label}} ")
     for layer in range(layers):

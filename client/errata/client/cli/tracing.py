@@ -32,6 +32,7 @@ def trace(
     png: Annotated[Path | None, typer.Option(metavar="FILE", help="Write it as a PNG (needs Pillow).")] = None,
 ) -> None:
     """Trace which layers and tokens carry a fact, and draw it."""
+    _check_pictures(html, png)
     options: TraceOptions = {}
     if component:
         options["components"] = component
@@ -71,6 +72,15 @@ def show_trace(session: Session, found: CausalTrace, html: Path | None = None, p
         line(""),
         facts([("layers to edit", layers), ("version", short(found.version)), ("trace", found.name)]),
     )
+
+
+def _check_pictures(html: Path | None, png: Path | None) -> None:
+    """What would otherwise come out only after the trace. Raises UsageError, MissingExtraError."""
+    for file in filter(None, (html, png)):
+        if not file.parent.is_dir():
+            raise UsageError(f"there is no folder {str(file.parent)!r} for {file.name!r}; make it first")
+    if png is not None:
+        heatmap.require_pillow()
 
 
 def _alone(*given: object) -> None:

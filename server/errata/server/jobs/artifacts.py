@@ -76,7 +76,8 @@ def derivation_files(
     """Those of its evaluation, the request without an adapter's bytes, and the whole outcome as JSON."""
     asked = history_pb2.CreateDerivationRequest()
     asked.CopyFrom(message)
-    asked.adapter.ClearField("adapter_model") if asked.HasField("adapter") else None
+    if asked.HasField("adapter"):
+        asked.adapter.ClearField("adapter_model")
     return {**evaluation_files(evaluation), REQUEST: _json_of(asked), DERIVATION: _json_of(outcome)}
 
 

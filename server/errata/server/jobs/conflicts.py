@@ -39,30 +39,51 @@ class Asked:
         return first_answer(self.request)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Installed:
+    """What a request of a part's edit answers to one of its contexts."""
+
+    part: Part
+    edit: str
+    request: edit_pb2.EditRequest
+    answer: str
+
+
 def contradictions(standing: Sequence[Part], parts: Sequence[Part]) -> Iterator[history_pb2.Conflict]:
     """Pairs of requests that ask the same and install different answers; one of each pair, at least, is new."""
-    found: dict[Key, list[tuple[Part, edit_pb2.EditRequest, str]]] = defaultdict(list)
-    seen: set[tuple[int, str, int, str]] = set()
+    found: dict[Key, list[_Installed]] = defaultdict(list)
+    seen: set[tuple[str, str, str, str]] = set()
     new = {id(part) for part in parts}
-    for part, request, key, answer in _installed([*standing, *parts]):
-        for other, before, installed in found[key]:
-            pair = (id(other), before.name, id(part), request.name)
-            if id(part) not in new or _related(other, part) or same_answer(installed, answer) or pair in seen:
+    for key, one in _installed([*standing, *parts]):
+        for other in found[key] if id(one.part) in new else ():
+            pair = (other.edit, other.request.name, one.edit, one.request.name)
+            related = _knew(one.part, other.part) or _knew(other.part, one.part)
+            if related or same_answer(other.answer, one.answer) or pair in seen:
                 continue
             seen.add(pair)
             yield history_pb2.Conflict(
-                first=_fact(other, before), second=_fact(part, request), expected=installed, answer=answer
+                first=_fact(other.part, other.request),
+                second=_fact(one.part, one.request),
+                expected=other.answer,
+                answer=one.answer,
             )
-        found[key].append((part, request, answer))
+        found[key].append(one)
 
 
-def superseded(parts: Sequence[Part]) -> set[tuple[int, str]]:
-    """Requests, by their part's identity and name, that a later part, which knew them, tells another answer."""
-    found: dict[Key, list[tuple[Part, edit_pb2.EditRequest, str]]] = defaultdict(list)
-    gone: set[tuple[int, str]] = set()
-    for part, request, key, answer in _installed(parts):
-        gone |= {(id(p), r.name) for p, r, told in found[key] if _related(p, part) and not same_answer(told, answer)}
-        found[key].append((part, request, answer))
+def superseded(parts: Sequence[Part]) -> set[tuple[str, str]]:
+    """Requests, by their edit and name, whose answer an edit that knew them replaced; parts may be in any order."""
+    found: dict[Key, list[_Installed]] = defaultdict(list)
+    gone: set[tuple[str, str]] = set()
+    for key, one in _installed(parts):
+        for other in found[key]:
+            if other.request is one.request or same_answer(other.answer, one.answer):
+                continue
+            # Within a part the later one knew.
+            if _knew(one.part, other.part):
+                gone.add((other.edit, other.request.name))
+            elif _knew(other.part, one.part):
+                gone.add((one.edit, one.request.name))
+        found[key].append(one)
     return gone
 
 
@@ -118,12 +139,13 @@ def first_answer(request: edit_pb2.EditRequest) -> str:
     return request.contexts[0].answer or request.target
 
 
-def _installed(parts: Sequence[Part]) -> Iterator[tuple[Part, edit_pb2.EditRequest, Key, str]]:
-    for part in parts:
-        for request in (r for made in part.edits for r in made.request.requests):
+def _installed(parts: Sequence[Part]) -> Iterator[tuple[Key, _Installed]]:
+    for part, made in ((part, made) for part in parts for made in part.edits):
+        for request in made.request.requests:
             for context in request.contexts:
-                for key in _keys(context):
-                    yield part, request, key, context.answer or request.target
+                answer = context.answer or request.target
+                one = _Installed(part=part, edit=made.edit, request=request, answer=answer)
+                yield from ((key, one) for key in _keys(context))
 
 
 def _keys(context: common_pb2.Context) -> Iterator[Key]:
@@ -134,10 +156,8 @@ def _keys(context: common_pb2.Context) -> Iterator[Key]:
         yield (text, "about", context.subject.casefold())
 
 
-def _related(first: Part, second: Part) -> bool:
-    if first.row.model != second.row.model:
-        return False
-    return first.row.number in second.knows or second.row.number in first.knows
+def _knew(later: Part, earlier: Part) -> bool:
+    return later.row.model == earlier.row.model and earlier.row.number in later.knows
 
 
 def _fact(part: Part, request: edit_pb2.EditRequest) -> history_pb2.VersionFact:

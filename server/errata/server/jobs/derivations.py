@@ -2,9 +2,10 @@
 
 Until the one transaction in the ledger nothing of it can be seen, so it can be stopped anywhere and done again.
 
-Whose probes judge it: those of the parts' edits; for a revert those of the edits made on top of the reverted one,
-whose own probes are asked and told, but count for nothing, as what they expect is not to be there any more. What is
-right there is what the version before that edit answers.
+Whose probes judge it: those of all edits concerned that it does not take away. For a revert these are the edits made on
+top of the reverted one, and what it brings back. The reverted one's own probes are asked and told, but count for
+nothing, as what they expect is not to be there any more. What is right there is what the version before that edit
+answers.
 """
 
 import tempfile
@@ -45,7 +46,7 @@ from errata.server.jobs.comparison import compare
 from errata.server.jobs.conflicts import Asked, joined, suffering, superseded
 from errata.server.jobs.edits import own_probes
 from errata.server.jobs.guardrails import in_force, misses
-from errata.server.jobs.lineages import Part
+from errata.server.jobs.lineages import Made, Part
 from errata.server.jobs.plans import Plan, Planner
 from errata.server.jobs.publishing import Publisher
 from errata.server.jobs.running import RunningJob
@@ -198,30 +199,28 @@ class _Derived:
             outcome.equality.CopyFrom(self._equality(model, [o.probe for o in judged], delta))
         return evaluation
 
-    def _orders(self, part: Part) -> list[EditOrder]:
+    def _orders(self, part: Part) -> list[tuple[Made, EditOrder]]:
         for made in part.edits:
             if made.edit not in self._decoded:
                 self._decoded[made.edit] = self._sources.decoder.edit(made.request)
-        return [self._decoded[made.edit] for made in part.edits]
+        return [(made, self._decoded[made.edit]) for made in part.edits]
 
     def _judging(self) -> list[_Owned]:
         """All that judges it. An answer that a later edit replaced, knowing it, is not expected any more."""
-        plan = self._plan
-        parts = plan.later if isinstance(plan.operation, RevertOrder) else (*plan.standing, *plan.parts)
-        gone = superseded(parts)
+        gone = superseded(self._plan.judging)
         owned = [
             _Owned(probe=probe, part=part)
-            for part in parts
-            for order in self._orders(part)
+            for part in self._plan.judging
+            for made, order in self._orders(part)
             for probe in _probes(order)
-            if probe.expected is None or (id(part), probe.request) not in gone
+            if probe.expected is None or (made.edit, probe.request) not in gone
         ]
         return [*owned, *(_Owned(probe=probe, part=None) for probe in self._order.probes)]
 
     def _reverted(self, model: EditableModel) -> list[Probe]:
         """The reverted edit's probes, each expecting what was answered before that edit."""
         [part] = self._plan.parts
-        probes = [probe for order in self._orders(part) for probe in _probes(order)]
+        probes = [probe for _, order in self._orders(part) for probe in _probes(order)]
         with applied(model, *self._loaded.deltas_of(part.row.parent or 0)):
             answers = model.generate([p.prompt for p in probes])
         return [replace(p, expected=a.text, believed=None) for p, a in zip(probes, answers, strict=True)]
@@ -230,13 +229,13 @@ class _Derived:
         plan = self._plan
         parts = (*plan.standing, *plan.parts)
         deltas = {id(part): self._delta_of(part) for part in parts}
-        gone = superseded(parts)
+        gone = superseded(plan.judging)
         questions = [
             (part, request, decoded)
-            for part in parts
-            for made, order in zip(part.edits, self._orders(part), strict=True)
+            for part in plan.judging
+            for made, order in self._orders(part)
             for request, decoded in zip(made.request.requests, order.requests, strict=True)
-            if (id(part), request.name) not in gone
+            if (made.edit, request.name) not in gone
         ]
         own = self._own_answers(model, [(part, decoded) for part, _, decoded in questions])
         with applied(model, *self._parent, delta):
@@ -299,9 +298,9 @@ class _Derived:
         A request that a later one tells another answer is left out, and one whose answer the parent gives already.
         """
         plan = self._plan
-        orders = [(part, order) for part in plan.parts for order in self._orders(part)]
+        orders = [(part, made, order) for part in plan.parts for made, order in self._orders(part)]
         gone = superseded(plan.parts)
-        asked = [(part, r) for part, order in orders for r in order.requests if (id(part), r.name) not in gone]
+        asked = [(part, r) for part, made, order in orders for r in order.requests if (made.edit, r.name) not in gone]
         with applied(model, *self._parent):
             answers = model.generate([r.contexts[0].prompt for _, r in asked])
         requests = [
@@ -311,10 +310,10 @@ class _Derived:
         ]
         if not requests:
             return empty_delta(model)
-        settings = replace(orders[-1][1].settings, layers=plan.parts[-1].row.layers)
+        settings = replace(orders[-1][-1].settings, layers=plan.parts[-1].row.layers)
         statistics = None
         if settings.method is not Method.MULTEDIT:
-            references = [context for _, order in orders for context in order.references]
+            references = [context for *_, order in orders for context in order.references]
             statistics = self._loaded.statistics(model, settings.layers, references, progress=self._job.step)
         parent = self._loaded.composed(plan.parent.number)
         return edit(model, requests, settings, statistics, parent=parent, cancelled=self._job.cancelled).delta

@@ -11,7 +11,7 @@ from errata.editor.delta import Delta, applied
 from errata.editor.errors import NoCausalSiteError
 from errata.editor.evaluation import Metric, Probe
 from errata.editor.localization import choose_layers
-from errata.editor.methods import EditSettings, Method, Stage, StageProgress, edit
+from errata.editor.methods import HOLDING, EditSettings, Method, Stage, StageProgress, edit
 from errata.editor.model import EditableModel
 from errata.editor.requests import EditRequest
 from errata.editor.statistics import KeyStatistics
@@ -28,8 +28,10 @@ from errata.server.errors import MalformedError
 from errata.server.jobs.artifacts import Judged, edit_files
 from errata.server.jobs.auto import trace_edit
 from errata.server.jobs.comparison import compare
+from errata.server.jobs.earlier import earlier_requests
 from errata.server.jobs.faults import Fault
 from errata.server.jobs.guardrails import in_force, misses
+from errata.server.jobs.lineages import Lineages
 from errata.server.jobs.publishing import Publisher
 from errata.server.jobs.running import RunningJob
 from errata.server.jobs.traces import averaged_trace
@@ -54,6 +56,7 @@ class EditWork:
         fault: Fault,
     ) -> None:
         self._ledger, self._models, self._decoder, self._fault = ledger, models, decoder, fault
+        self._lineages = Lineages(ledger)
         self._publish = Publisher(ledger, deltas, artifacts, outbox_notify, fault)
 
     def __call__(self, job: RunningJob) -> None:
@@ -91,6 +94,7 @@ class EditWork:
                 settings,
                 self._statistics(job, loaded, model, order, settings),
                 parent=loaded.composed(job.row.version),
+                earlier=self._earlier(job, settings),
                 progress=self._progress(job),
                 cancelled=job.cancelled,
             )
@@ -101,6 +105,11 @@ class EditWork:
         least = in_force(configured_guardrails(loaded.settings.guardrails), order.guardrails)
         rejections = misses(evaluation.scores, least)
         return Judged(result=result, evaluation=evaluation, rejections=rejections, trace=traced)
+
+    def _earlier(self, job: RunningJob, settings: EditSettings) -> tuple[EditRequest, ...]:
+        if settings.method not in HOLDING:
+            return ()
+        return earlier_requests(self._lineages, self._decoder, job.row.model, job.row.version)
 
     def _layers(
         self, job: RunningJob, loaded: LoadedModel, model: EditableModel, order: EditOrder, parent: Sequence[Delta]

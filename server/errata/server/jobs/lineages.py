@@ -46,7 +46,12 @@ class Lineages:
 
     def reverts(self, row: VersionRow) -> bool:
         """Whether a version only takes another one away."""
-        return self._taken_away(row.model, row.number) is not None
+        done = self._derivation(row.model, row.number)
+        return done is not None and done.kind == history_pb2.DERIVATION_KIND_REVERT
+
+    def taken_away(self, row: VersionRow) -> frozenset[int]:
+        """The versions of its model, by number, that a version's own delta takes away from what it is added to."""
+        return self._taken_away(row.model, row.number)
 
     def part(self, row: VersionRow) -> Part:
         """A version as one term of a sum."""
@@ -68,19 +73,31 @@ class Lineages:
         gone = self._gone(sources)
         return tuple(made for m, n in sources if n not in gone for made in self.edits(m, n))
 
+    def concerned(self, model: str, number: int) -> tuple[Made, ...]:
+        """The edits whose facts the version's own delta installs or takes away."""
+        taken = (made for n in sorted(self._taken_away(model, number)) for made in self.concerned(model, n))
+        return (*self.edits(model, number), *taken)
+
     def _gone(self, lineage: Sequence[tuple[str, int]]) -> set[int]:
         """Versions of a lineage, given the oldest first, that later ones took away."""
         gone: set[int] = set()
         # The newest is there; a revert that was itself taken away takes nothing away.
         for model, number in reversed(lineage):
-            if number not in gone and (target := self._taken_away(model, number)) is not None:
-                gone.add(target)
+            if number not in gone:
+                gone |= self._taken_away(model, number)
         return gone
 
-    def _taken_away(self, model: str, number: int) -> int | None:
+    def _taken_away(self, model: str, number: int) -> frozenset[int]:
+        done = self._derivation(model, number)
+        if done is None:
+            return frozenset()
+        sources = [version_of(name, "version") for name in done.sources]
+        if done.kind == history_pb2.DERIVATION_KIND_REVERT:
+            return frozenset({sources[0][1]})
+        # What one source takes away of another is within the sum; what a rebase takes over is another model's.
+        own = [(m, n) for m, n in sources if m == model]
+        return frozenset(self._gone(own) - {n for _, n in own})
+
+    def _derivation(self, model: str, number: int) -> history_pb2.Derivation | None:
         job = self._ledger.maker(model, number)
-        if job is None or job.kind is not JobKind.DERIVATION:
-            return None
-        done = history_pb2.Derivation.FromString(job.summary)
-        reverts = done.kind == history_pb2.DERIVATION_KIND_REVERT
-        return version_of(done.sources[0], "version")[1] if reverts else None
+        return history_pb2.Derivation.FromString(job.summary) if job and job.kind is JobKind.DERIVATION else None

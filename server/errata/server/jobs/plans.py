@@ -37,9 +37,10 @@ PROVENANCE = "errata.json"
 class Plan:
     """A derivation whose parts are all there.
 
-    `weight` is that of every part's delta. `standing` are the parent's own parts, which must not suffer, and `later`
-    those that were computed on top of a reverted one. `answers_as` is the version that knows the parts' edits, of
-    another model for a rebase; None: each part's own. `conflicts` are those that the requests alone show.
+    `weight` is that of every part's delta. `standing` are the parent's own parts, which must not suffer, `later` those
+    that were computed on top of a reverted one, and `judging` all whose edits' probes judge the version made: none that
+    is taken away in it. `answers_as` is the version that knows the parts' edits, of another model for a rebase; None:
+    each part's own. `conflicts` are those that the requests alone show.
     """
 
     operation: Operation
@@ -49,6 +50,7 @@ class Plan:
     weight: float = 1.0
     standing: tuple[Part, ...] = field(default=(), repr=False)
     later: tuple[Part, ...] = field(default=(), repr=False)
+    judging: tuple[Part, ...] = field(default=(), repr=False)
     answers_as: VersionRow | None = None
     conflicts: tuple[history_pb2.Conflict, ...] = ()
 
@@ -101,20 +103,25 @@ class Planner:
                 where,
                 "ALREADY_REVERTED",
             )
-        later = [r for r in live if r.number > row.number and not self._lineages.reverts(r)]
+        later = tuple(
+            self._lineages.part(r) for r in live if r.number > row.number and not self._lineages.reverts(r)
+        )
+        back = self._lineages.taken_away(row)
         return Plan(
             operation=order,
             parent=parent,
             parts=(self._lineages.part(row),),
             facts=tuple(f"revert {fact}" for fact in row.facts or (f"version {row.number}",)),
             weight=-1.0,
-            later=tuple(map(self._lineages.part, later)),
+            later=later,
+            judging=(*(self._lineages.part(r) for r in lineage if r.number in back), *later),
         )
 
     def _compose(self, parent: VersionRow, order: ComposeOrder) -> Plan:
-        standing = self._standing(parent)
-        held = {made.edit: parent.number for part in standing for made in part.edits}
-        ancestors = {row.number for row in self._lineages.of(parent.model, parent.number)}
+        lineage = self._lineages.of(parent.model, parent.number)
+        live = self._lineages.live(lineage)
+        held = {made.edit: parent.number for row in live for made in self._lineages.edits(row.model, row.number)}
+        ancestors = {row.number for row in lineage}
         parts: list[Part] = []
         for i, ref in enumerate(order.versions):
             where = f"compose.versions[{i}]"
@@ -140,7 +147,25 @@ class Planner:
                     )
             held |= {made.edit: row.number for made in part.edits}
             parts.append(part)
+        self._check_taken_away(live, parts)
+        # Of the lineage, too, what a part takes away does not stand any more.
+        left = {row.number for row in self._lineages.live([*lineage, *(p.row for p in parts)])}
+        standing = tuple(self._lineages.part(row) for row in lineage if row.number in left)
         return self._sum(parent, order, parts, standing)
+
+    def _check_taken_away(self, live: Sequence[VersionRow], parts: Sequence[Part]) -> None:
+        """Raises where a part would take away what is not there, or what another part takes away, too."""
+        there = {row.number for row in live} | {p.row.number for p in parts}
+        for i, part in enumerate(parts):
+            taken = self._lineages.taken_away(part.row)
+            if missing := sorted(taken - there):
+                raise _refused(
+                    f"version {part.row.number} takes version {missing[0]} away, which neither the parent nor another "
+                    "source holds; leave it out",
+                    f"compose.versions[{i}]",
+                    "NOT_IN_LINEAGE",
+                )
+            there -= taken
 
     def _rebase(self, parent: VersionRow, order: RebaseOrder) -> Plan:
         where = "rebase.version"
@@ -166,7 +191,16 @@ class Planner:
                 "NOTHING_TO_DERIVE",
             )
         parts = [self._lineages.part(each) for each in rest]
-        return self._sum(parent, order, parts, self._standing(parent), answers_as=row)
+        standing = self._standing(parent)
+        held = {made.edit for part in standing for made in part.edits}
+        if twice := [p.row.number for p in parts if any(made.edit in held for made in p.edits)]:
+            raise _refused(
+                f"version {twice[0]} of {row.model!r} was moved to version {parent.number} already; its delta would be "
+                "added twice. Rebase onto a version below",
+                where,
+                "IN_LINEAGE",
+            )
+        return self._sum(parent, order, parts, standing, answers_as=row)
 
     def _merged_into(self, parent: VersionRow, row: VersionRow, field: str) -> Counter[str]:
         """The deltas that the parent's checkpoint holds, by their hashes."""
@@ -211,7 +245,8 @@ class Planner:
         live = {r.number for r in self._lineages.live(chain)}
         facts = (fact for r in chain if r.number in live for fact in r.facts)
         parts = tuple(map(self._lineages.part, chain))
-        return Plan(operation=order, parent=parent, parts=parts, facts=tuple(facts))
+        judging = tuple(p for p in parts if p.row.number in live)
+        return Plan(operation=order, parent=parent, parts=parts, facts=tuple(facts), judging=judging)
 
     def _import(self, parent: VersionRow, order: ImportOrder) -> Plan:
         try:
@@ -233,15 +268,17 @@ class Planner:
         standing: tuple[Part, ...],
         answers_as: VersionRow | None = None,
     ) -> Plan:
-        live = self._lineages.live([p.row for p in parts])
+        left = {row.number for row in self._lineages.live([p.row for p in parts])}
+        live = tuple(p for p in parts if p.row.number in left)
         return Plan(
             operation=operation,
             parent=parent,
             parts=tuple(parts),
-            facts=tuple(fact for row in live for fact in row.facts),
+            facts=tuple(fact for part in live for fact in part.row.facts),
             standing=standing,
+            judging=(*standing, *live),
             answers_as=answers_as,
-            conflicts=tuple(contradictions(standing, parts)),
+            conflicts=tuple(contradictions(standing, live)),
         )
 
     def _standing(self, parent: VersionRow) -> tuple[Part, ...]:

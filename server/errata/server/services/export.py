@@ -7,6 +7,7 @@ import secrets
 import shutil
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,8 @@ class ExportService(export_pb2_grpc.ExportServiceServicer):
     def __init__(self, ledger: Ledger, models: Models, root: Path) -> None:
         self._ledger, self._models, self._root = ledger, models, root
         self._there = 0
+        # Of their own: each takes long, and every call's admission needs a common one.
+        self._writers = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="export")
         self._removals: set[asyncio.Task[None]] = set()
 
     async def ExportVersion(  # noqa: N802
@@ -96,7 +99,8 @@ class ExportService(export_pb2_grpc.ExportServiceServicer):
             )
         self._there += 1
         stop = threading.Event()
-        writing = asyncio.create_task(asyncio.to_thread(self._write, order, version, loaded, stop))
+        loop = asyncio.get_running_loop()
+        writing = loop.run_in_executor(self._writers, self._write, order, version, loaded, stop)
         try:
             written = await asyncio.shield(writing)
             sent: list[export_pb2.ExportedFile] = []
@@ -146,7 +150,7 @@ class ExportService(export_pb2_grpc.ExportServiceServicer):
             license=license,
         )
 
-    async def _remove(self, writing: "asyncio.Task[Export]") -> None:
+    async def _remove(self, writing: "asyncio.Future[Export]") -> None:
         """Removes the folder once it is written: a thread cannot be stopped, it stops by itself."""
         await asyncio.wait([writing])
         if writing.exception() is None:  # otherwise there is none, and whoever awaited it was told or has left

@@ -1,10 +1,13 @@
 """The history of versions: made of one another, compared and searched."""
 
-from asyncio import shield, to_thread, wrap_future
+import threading
+from asyncio import get_running_loop, shield, to_thread, wrap_future
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 
 from errata.editor.delta import Delta, empty_delta, weight_of
+from errata.editor.errors import CancelledError
 from errata.editor.evaluation import Metric, Probe
 from errata.server.conversion import Decoder
 from errata.server.conversion.history import (
@@ -16,7 +19,7 @@ from errata.server.conversion.history import (
     derivation_order,
     history_summary,
 )
-from errata.server.errors import DeadlineExceededError, MalformedError
+from errata.server.errors import MalformedError
 from errata.server.jobs.answering import answers
 from errata.server.jobs.lineages import Lineages
 from errata.server.jobs.plans import Plan, Planner
@@ -31,6 +34,9 @@ from errata.v1 import history_pb2, history_pb2_grpc
 
 _MOST_PROBES = 1000
 
+_COMPARISONS = 4
+"""At once; others wait. In threads of their own: each takes long, and every call's admission needs a common one."""
+
 
 class HistoryService(history_pb2_grpc.HistoryServiceServicer):
     """Derivations and bisections are checked and queued here; `jobs` does them. Comparisons are answered at once."""
@@ -39,6 +45,7 @@ class HistoryService(history_pb2_grpc.HistoryServiceServicer):
         self._derivations, self._bisections = Jobs(JobKind.DERIVATION, queue), Jobs(JobKind.BISECTION, queue)
         self._decoder, self._deltas, self._models, self._ledger = decoder, deltas, queue.models, queue.ledger
         self._planner, self._lineages = Planner(queue.ledger, queue.models), Lineages(queue.ledger)
+        self._comparing = ThreadPoolExecutor(_COMPARISONS, thread_name_prefix="compare")
 
     async def CreateDerivation(  # noqa: N802
         self, request: history_pb2.CreateDerivationRequest, context: Context
@@ -118,12 +125,16 @@ class HistoryService(history_pb2_grpc.HistoryServiceServicer):
         loading = self._models.load(order.first.model)
         # Shielded: others wait for the same model.
         loaded = await shield(wrap_future(loading))
+        left = threading.Event()
 
         def check() -> None:
-            if context.done():
-                raise DeadlineExceededError("nobody waits for the comparison any more")
+            if left.is_set():
+                raise CancelledError("nobody waits for the comparison any more")
 
-        return await to_thread(self._compared, order, loaded, check)
+        try:
+            return await get_running_loop().run_in_executor(self._comparing, self._compared, order, loaded, check)
+        finally:
+            left.set()  # a caller that leaves ends this task, but no thread
 
     def _derive(self, request: history_pb2.CreateDerivationRequest) -> history_pb2.Derivation:
         if first := self._derivations.repeated(version_ref(request.parent, "parent").model, request):
@@ -208,10 +219,10 @@ class HistoryService(history_pb2_grpc.HistoryServiceServicer):
         return difference.compressed()
 
     def _first_questions(self, rows: Sequence[VersionRow]) -> Iterator[Probe]:
-        """Each edit's first questions, once, with what it installed; as many as one call may ask."""
+        """The first questions of each edit installed or taken away, once, with what it installed: at most 1000."""
         seen: set[str] = set()
         left = _MOST_PROBES
-        for made in (made for row in rows for made in self._lineages.edits(row.model, row.number)):
+        for made in (made for row in rows for made in self._lineages.concerned(row.model, row.number)):
             if made.edit in seen:
                 continue
             seen.add(made.edit)

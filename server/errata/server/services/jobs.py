@@ -1,4 +1,4 @@
-"""What traces, edits and evaluations have in common: queued, looked up, listed, cancelled, watched.
+"""What jobs of every kind have in common: queued, looked up, listed, cancelled, watched.
 
 Knows no message of theirs: rows of the ledger come out, and each service makes its own message of them.
 """
