@@ -108,6 +108,47 @@ def test_a_revert_can_itself_be_reverted_and_then_the_edit_again(house: House, w
     assert succeeded(worker.run(_revert(back, version), version=back))
 
 
+def test_an_edit_that_is_brought_back_judges_the_version_again(house: House, work: Work) -> None:
+    version = plant(house, request("France", "Lyon"), noise(house, 22, 0.01))
+    worker = work()
+    gone = succeeded(worker.run(_revert(version, version), version=version)).made or 0
+    message = _revert(gone, gone)
+    message.guardrails.add(metric=evaluation_pb2.METRIC_EFFICACY, least=1.0)
+    row = worker.run(message, version=gone)
+    assert row.state is JobState.REJECTED
+    assert [s.n for s in _outcome(row).scores] == [1]
+
+
+def test_a_squash_is_not_judged_by_what_its_chain_took_away_again(house: House, work: Work) -> None:
+    wrong = plant(house, request("France", "Lyon"), noise(house, 23, 0.01))
+    kept = plant(house, request("Japan", "Tokyo"), noise(house, 24, 0.01), parent=wrong)
+    worker = work()
+    top = succeeded(worker.run(_revert(kept, wrong), version=kept)).made or 0
+    message = _squash(0, top)
+    message.guardrails.add(metric=evaluation_pb2.METRIC_EFFICACY, least=1.0)
+    outcome = _outcome(succeeded(worker.run(message)))
+    assert [(s.n, s.after) for s in outcome.scores] == [(1, 1.0)]
+
+
+def test_a_revert_is_added_where_its_edit_stands_and_only_there(house: House, work: Work) -> None:
+    first, second = noise(house, 25, 0.05), noise(house, 26, 0.05)
+    below = plant(house, request("France", "Lyon"), first)
+    above = plant(house, request("Japan", "Tokyo"), second, parent=below)
+    worker = work()
+    revert = succeeded(worker.run(_revert(below, below), version=below)).made or 0
+    row = succeeded(worker.run(_compose(above, revert), version=above))
+    made = row.made or 0
+    assert (_logits_of(house, made) - _logits(house, second)).abs().max() < 1e-5
+    assert [s.n for s in _outcome(row).scores] == [1]
+    again = worker.run(_revert(made, below), version=made).failure
+    assert again is not None
+    assert again.reason == "ALREADY_REVERTED"
+    for parent, sources in ((0, (revert,)), (made, (revert,))):
+        refused = worker.run(_compose(parent, *sources), version=parent).failure
+        assert refused is not None
+        assert (refused.reason, refused.field) == ("NOT_IN_LINEAGE", "compose.versions[0]")
+
+
 @pytest.mark.parametrize(
     ("message", "reason", "field"),
     [
@@ -200,8 +241,11 @@ def test_an_edit_that_a_composition_breaks_conflicts_with_the_one_that_broke_it(
 
 def test_a_later_edit_of_the_same_fact_is_no_conflict_with_the_one_that_it_knew(house: House, work: Work) -> None:
     old = plant(house, request("France", "Lyon"), noise(house, 13, 0.01))
-    new = plant(house, request("France", "Nice"), noise(house, 14, 0.01), parent=old)
-    assert not _outcome(succeeded(_run(work, _compose(0, old, new)))).conflicts
+    new = plant(house, request("France", "Paris"), noise(house, 14, 0.01), parent=old)
+    for sources in ((old, new), (new, old)):
+        outcome = _outcome(succeeded(_run(work, _compose(0, *sources))))
+        assert not outcome.conflicts
+        assert [(s.n, s.after) for s in outcome.scores] == [(1, 1.0)]
 
 
 def test_a_squashed_chain_is_one_delta_of_a_rank_no_larger(house: House, work: Work) -> None:

@@ -76,3 +76,9 @@ def test_only_what_was_not_merged_is_moved_and_the_answers_stay(merged: House, t
                 logits.append(next_token_logits(model, prompts))
         assert all((a - b).abs().max() < 1e-4 for a, b in zip(*logits, strict=True))
         assert not _rebase(worker, held).version
+        again = history_pb2.CreateDerivationRequest(parent=outcome.version)
+        again.rebase.version = f"models/atlas/versions/{version}"
+        number = int(outcome.version.rpartition("/")[2])
+        twice = worker.run(again, model="merged", version=number).failure
+        assert twice is not None
+        assert (twice.reason, twice.field) == ("IN_LINEAGE", "rebase.version")

@@ -7,6 +7,7 @@ import pytest
 from house import House, Worker, edit_message, probe_message, question, small_edit, succeeded, trace_message
 
 from errata.editor.errors import InvalidInputError, PromptError
+from errata.server.errors import LedgerUnavailableError
 from errata.server.jobs.faults import STAGES, fault_of, no_fault
 from errata.server.jobs.runner import failure_of
 from errata.server.ledger.rows import JobKind, JobRow, JobState
@@ -210,6 +211,22 @@ def test_a_job_that_three_starts_did_not_survive_fails_as_interrupted(house: Hou
     assert row.state is JobState.FAILED
     assert row.failure is not None
     assert row.failure.reason == "INTERRUPTED"
+
+
+@pytest.mark.parametrize(("outages", "ended"), [(1, JobState.SUCCEEDED), (3, JobState.FAILED)])
+def test_a_job_waits_again_where_the_ledger_was_away_but_not_for_ever(
+    house: House, work: Work, outages: int, ended: JobState
+) -> None:
+    left = iter(range(outages))
+
+    def fault(stage: str) -> None:
+        if stage == "solved" and next(left, None) is not None:
+            raise LedgerUnavailableError("away", retry_after=1.0)
+
+    row = work(fault).run(_edit())
+    assert (row.state, row.attempt) == (ended, min(outages + 1, 3))
+    assert house.versions() == (ended is JobState.SUCCEEDED)
+    assert row.failure is None or row.failure.reason == "LEDGER_UNAVAILABLE"
 
 
 def test_a_job_that_was_to_be_cancelled_when_the_server_crashed_is_cancelled(house: House, work: Work) -> None:

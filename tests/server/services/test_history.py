@@ -88,6 +88,8 @@ def test_an_edit_below_another_is_reverted_and_the_later_one_is_told_of(
     assert (listed.name, listed.later, listed.version) == (derivation.name, (), derivation.version)
     actions = [entry.action for entry in client.audit("atlas")]
     assert {"derivation.create", "version.create"} <= set(actions)
+    [asked] = client.compare(both, derivation.version).answers
+    assert (asked.first, asked.second) == (told.before, told.after)
 
 
 @pytest.mark.slow

@@ -140,8 +140,8 @@ def first_answer(request: edit_pb2.EditRequest) -> str:
 
 
 def _installed(parts: Sequence[Part]) -> Iterator[tuple[Key, _Installed]]:
-    for part, made in ((part, made) for part in parts for made in part.edits):
-        for request in made.request.requests:
+    for part in parts:
+        for made, request in ((made, request) for made in part.edits for request in made.request.requests):
             for context in request.contexts:
                 answer = context.answer or request.target
                 one = _Installed(part=part, edit=made.edit, request=request, answer=answer)

@@ -103,9 +103,7 @@ class Planner:
                 where,
                 "ALREADY_REVERTED",
             )
-        later = tuple(
-            self._lineages.part(r) for r in live if r.number > row.number and not self._lineages.reverts(r)
-        )
+        later = tuple(self._lineages.part(r) for r in live if r.number > row.number and not self._lineages.reverts(r))
         back = self._lineages.taken_away(row)
         return Plan(
             operation=order,

@@ -17,7 +17,7 @@ from time import monotonic
 
 from errata.editor.errors import CancelledError, ErrataError
 from errata.server.conversion import Decoder
-from errata.server.errors import reason_of
+from errata.server.errors import LedgerUnavailableError, reason_of
 from errata.server.jobs.bisections import BisectionWork
 from errata.server.jobs.derivations import DerivationWork, Sources
 from errata.server.jobs.edits import EditWork
@@ -37,7 +37,7 @@ from errata.server.store import ArtifactStore, DeltaStore
 _log = logging.getLogger(__name__)
 
 _MOST_ATTEMPTS = 3
-"""Starts of a job that the process did not survive, before it counts as the job's fault."""
+"""Starts of a job that the process or the ledger did not survive, before it counts as the job's fault."""
 
 _GRACE = 30.0
 """Seconds that jobs have to stop once they are told to: one forward pass, or one solve."""
@@ -190,6 +190,8 @@ class JobRunner:
             return partial(self._ledger.job, row.kind, row.model, row.id)
         except CancelledError:
             return partial(self._stopped, row.id)
+        except LedgerUnavailableError as error:
+            return partial(self._set_aside, row, error)
         except ErrataError as error:
             return partial(self._ledger.finish, row.id, JobState.FAILED, failure=failure_of(error))
         except Exception:
@@ -204,6 +206,12 @@ class JobRunner:
         if self._interrupting.is_set():
             return self._ledger.requeue(job_id)
         return self._ledger.finish(job_id, JobState.CANCELLED)
+
+    def _set_aside(self, row: JobRow, error: LedgerUnavailableError) -> JobRow:
+        """A job that only the ledger's absence stopped waits again, as after a crash; not for ever, either."""
+        if row.attempt < _MOST_ATTEMPTS:
+            return self._ledger.requeue(row.id)
+        return self._ledger.finish(row.id, JobState.FAILED, failure=failure_of(error))
 
     def _end(self, write: Callable[[], JobRow]) -> None:
         """Writes how a job ended, again and again while that fails, until the server ends: then `recover` does it."""
