@@ -193,10 +193,15 @@ def main(
                 continue
             if batch:
                 measure("batch", name, seed, editor, [facts])
-            order = np.random.default_rng(seed)
             for kind, count, units in (("single", single, requests), ("lone fact", lone, [(f,) for f in facts])):
                 if count:
-                    measure(kind, name, seed, editor, [units[i] for i in order.permutation(len(units))[:count]])
+                    measure(
+                        kind,
+                        name,
+                        seed,
+                        editor,
+                        [units[i] for i in np.random.default_rng(seed).permutation(len(units))[:count]],
+                    )
     console.print(table(f"one batch of {len(facts)} facts, layers {layers}", figures["batch"]))
     console.print(table("one request at a time", figures["single"]))
     console.print(table("one fact at a time", figures["lone fact"]))

@@ -6,7 +6,17 @@ from typing import Annotated
 import typer
 from rich.console import RenderableType
 
-from errata.client.cli.editing import Description, DryRun, Guardrails, Parent, Probes, guardrails, read_probes, verdict
+from errata.client.cli.editing import (
+    AliasOption,
+    Description,
+    DryRun,
+    Guardrails,
+    Parent,
+    Probes,
+    guardrails,
+    read_probes,
+    verdict,
+)
 from errata.client.cli.models import VersionName
 from errata.client.cli.output import facts, indented, line
 from errata.client.cli.plain import figures, short
@@ -29,6 +39,7 @@ def revert(
     probes: Probes = None,
     guardrail: Guardrails = None,
     description: Description = "",
+    alias: AliasOption = "",
     dry_run: DryRun = False,
 ) -> None:
     """Undo one edit anywhere in the history, exactly, as a new version.
@@ -36,7 +47,7 @@ def revert(
     Exits 1 where guardrails reject it.
     """
     version = _version_of(session, edit)
-    options = _options(probes, guardrail, description, dry_run)
+    options = _options(probes, guardrail, description, alias, dry_run)
     show_derivation(session, session.client.revert(on or _model_of(version), version, **options))
 
 
@@ -48,13 +59,14 @@ def compose(
     probes: Probes = None,
     guardrail: Guardrails = None,
     description: Description = "",
+    alias: AliasOption = "",
     dry_run: DryRun = False,
 ) -> None:
     """Add edits of other versions to one, as a new version.
 
     Exits 1 where they contradict each other or guardrails reject it.
     """
-    options = _options(probes, guardrail, description, dry_run)
+    options = _options(probes, guardrail, description, alias, dry_run)
     options["allow_conflicts"] = allow_conflicts
     sources = [_version_of(session, each) for each in versions]
     asked = session.client.compose(on or _model_of(sources[0]), sources, **options)
@@ -69,13 +81,14 @@ def cherry_pick(
     probes: Probes = None,
     guardrail: Guardrails = None,
     description: Description = "",
+    alias: AliasOption = "",
     dry_run: DryRun = False,
 ) -> None:
     """Add one edit to a version, as a new version: compose of one.
 
     Exits 1 where it contradicts another or guardrails reject it.
     """
-    compose(session, [edit], on, allow_conflicts, probes, guardrail, description, dry_run)
+    compose(session, [edit], on, allow_conflicts, probes, guardrail, description, alias, dry_run)
 
 
 def rebase(
@@ -86,13 +99,14 @@ def rebase(
     probes: Probes = None,
     guardrail: Guardrails = None,
     description: Description = "",
+    alias: AliasOption = "",
     dry_run: DryRun = False,
 ) -> None:
     """Move a version onto a base that has some of its edits merged in.
 
     Exits 1 where edits contradict each other or guardrails reject it.
     """
-    options = _options(probes, guardrail, description, dry_run)
+    options = _options(probes, guardrail, description, alias, dry_run)
     options["allow_conflicts"] = allow_conflicts
     show_derivation(session, session.client.rebase(on, version, **options), allow_conflicts=allow_conflicts)
 
@@ -105,13 +119,14 @@ def squash(
     probes: Probes = None,
     guardrail: Guardrails = None,
     description: Description = "",
+    alias: AliasOption = "",
     dry_run: DryRun = False,
 ) -> None:
     """Join a chain of edits into one, at the lowest rank that says the same.
 
     Exits 1 where guardrails reject it.
     """
-    options = _options(probes, guardrail, description, dry_run)
+    options = _options(probes, guardrail, description, alias, dry_run)
     parent = on or f"{_model_of(version)}@0"
     show_derivation(session, session.client.squash(parent, version, resolve=resolve, **options))
 
@@ -127,13 +142,14 @@ def import_(
     probes: Probes = None,
     guardrail: Guardrails = None,
     description: Description = "",
+    alias: AliasOption = "",
     dry_run: DryRun = False,
 ) -> None:
     """Make a version of an adapter exported elsewhere, once its base's hash fits.
 
     Exits 1 where guardrails reject it.
     """
-    options = _options(probes, guardrail, description, dry_run)
+    options = _options(probes, guardrail, description, alias, dry_run)
     parent = session.version(on, "@0")
     asked = session.client.import_adapter(parent, folder, facts=fact or (), base_sha256=base_sha256, **options)
     show_derivation(session, asked)
@@ -208,7 +224,9 @@ def _model_of(version: str) -> str:
     return model_part(full_name(version))
 
 
-def _options(probes: Path | None, guardrail: list[str] | None, description: str, dry_run: bool) -> DerivationOptions:
+def _options(
+    probes: Path | None, guardrail: list[str] | None, description: str, alias: str, dry_run: bool
+) -> DerivationOptions:
     options: DerivationOptions = {"validate_only": dry_run}
     if probes is not None:
         options["probes"] = read_probes(probes)
@@ -216,4 +234,6 @@ def _options(probes: Path | None, guardrail: list[str] | None, description: str,
         options["guardrails"] = guardrails(guardrail)
     if description:
         options["description"] = description
+    if alias:
+        options["alias"] = alias
     return options

@@ -21,6 +21,7 @@ Guardrails = Annotated[
 Parent = Annotated[str | None, typer.Option("--on", metavar="VERSION", help="What to build on; default: champion.")]
 Probes = Annotated[Path | None, typer.Option("--probes", metavar="FILE", help="More probes that judge it, in YAML.")]
 Description = Annotated[str, typer.Option(metavar="TEXT", help="For the record.")]
+AliasOption = Annotated[str, typer.Option("--alias", metavar="ALIAS", help="Point it there unless rejected.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Have the server check it, and queue nothing.")]
 
 
@@ -40,7 +41,7 @@ def edit(
     steps: Annotated[int | None, typer.Option(metavar="N", help="Most steps of a value's descent.")] = None,
     guardrail: Guardrails = None,
     description: Description = "",
-    alias: Annotated[str, typer.Option(metavar="ALIAS", help="Point it to the version unless that is rejected.")] = "",
+    alias: AliasOption = "",
     dry_run: DryRun = False,
 ) -> None:
     """Correct or insert facts as a new version. Exits 1 where guardrails reject it."""
