@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from processes import SECONDS, Process
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 
 def asked(port: int, method: str = "GET", path: str = "/", body: str = "", **headers: str) -> int:

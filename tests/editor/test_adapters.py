@@ -132,6 +132,9 @@ FORGED: dict[str, tuple[Callable[[Path], object], type[DeltaError], str]] = {
     "a pattern that is a list": (lambda f: _config(f, rank_pattern=["x"]), CorruptDeltaError, "rank_pattern"),
     "a config that is a list": (lambda f: (f / "adapter_config.json").write_text("[]"), CorruptDeltaError, "readable"),
     "a config that is no JSON": (lambda f: (f / "adapter_config.json").write_text("{"), CorruptDeltaError, "readable"),
+    "a config that is all brackets": (
+        lambda f: (f / "adapter_config.json").write_text("[" * 100_000), CorruptDeltaError, "readable"
+    ),
     "no config": (lambda f: (f / "adapter_config.json").unlink(), CorruptDeltaError, "readable"),
     "no weights": (lambda f: (f / "adapter_model.safetensors").unlink(), CorruptDeltaError, "readable"),
     "pickled weights": (

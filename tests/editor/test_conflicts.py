@@ -56,6 +56,7 @@ def _changed(change: Callable[[LowRank], LowRank]) -> Callable[[Delta], Delta]:
         lambda delta: replace(delta, modules={1: "model.embed_tokens"}),
         _changed(lambda low: LowRank(a=low.a[:, 1:], b=low.b)),
         _changed(lambda low: LowRank(a=low.a, b=low.b[:, 1:])),
+        _changed(lambda low: LowRank(a=low.a[:0], b=low.b[:, :0])),
         _changed(lambda low: LowRank(a=low.a * float("nan"), b=low.b)),
         _changed(lambda low: LowRank(a=low.a.double(), b=low.b)),
     ],

@@ -100,7 +100,7 @@ def _layers(folder: Path, model: EditableModel) -> dict[int, LowRank]:
     try:
         scaling = _scaling(json.loads((folder / _CONFIG).read_text(encoding="utf-8")))
         tensors = load_file(folder / _WEIGHTS)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise CorruptDeltaError(f"{folder} is no readable PEFT adapter: {error}; fetch it again") from error
     found: dict[int, LowRank] = {}
     for i, (module, a, b) in sorted(_pairs(tensors, model).items()):

@@ -196,7 +196,7 @@ def load_delta(folder: Path, model: EditableModel | None = None) -> Delta:
         }
         delta = Delta(base_sha256=str(manifest["base_sha256"]), layers=layers, modules=modules)
         stored = manifest["delta_sha256"]
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError, SafetensorError) as error:
         raise CorruptDeltaError(f"{folder} is no readable adapter of Errata: {error}; save it again") from error
     if delta.sha256 != stored:
         raise CorruptDeltaError(f"{folder} was altered after it was saved: its hash no longer matches {_MANIFEST}")
@@ -215,7 +215,7 @@ def check_base(delta: Delta, model: EditableModel) -> None:
 
 
 def check_fit(delta: Delta, model: EditableModel) -> None:
-    """Raises DeltaError unless every factor is finite, in float32, and of the down-projection that it names.
+    """Raises DeltaError unless every factor is finite, in float32, of rank ≥ 1, and of the down-projection it names.
 
     For a delta from elsewhere: one that an edit made fits.
     """
@@ -224,7 +224,7 @@ def check_fit(delta: Delta, model: EditableModel) -> None:
             raise DeltaError(f"{model.name!r} has no down-projection {delta.modules[i]!r} at layer {i}")
         weight = weight_of(model, i)
         d, m = reversed(weight.shape) if isinstance(model.down_projection(i), Conv1D) else weight.shape
-        if low.a.shape != (low.rank, m) or low.b.shape != (d, low.rank):
+        if low.a.shape != (low.rank, m) or low.b.shape != (d, low.rank) or not low.rank:
             raise DeltaError(
                 f"the factors of layer {i} are {tuple(low.b.shape)} and {tuple(low.a.shape)}; the layer maps {m} to {d}"
             )

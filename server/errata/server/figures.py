@@ -16,6 +16,8 @@ from errata.server.models import LoadedModel, Models
 _EVER, _MOST_TASKS = timedelta(days=3650), 10_000
 """Until when tasks count as backlog, and how many are counted."""
 
+_UP = "Whether the ledger answers."
+
 
 def states(models: Models, ledger: Ledger) -> Iterator[State]:
     """All of it. Blocks while the ledger is asked."""
@@ -58,6 +60,3 @@ def _of_ledger(models: Models, ledger: Ledger) -> Iterator[State]:
         values={(model, kind.value, state.value): float(jobs[model, kind, state]) for model, kind, state in known},
     )
     yield State(name="errata_outbox_backlog", help="What MLflow was not told yet.", values={(): float(due)})
-
-
-_UP = "Whether the ledger answers."

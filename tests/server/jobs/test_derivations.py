@@ -305,6 +305,7 @@ def test_an_adapter_without_a_manifest_needs_its_base_to_be_named(house: House, 
     [
         (lambda adapter: adapter.manifest.replace(b'"base_sha256": "', b'"base_sha256": "0'), "WRONG_BASE"),
         (lambda adapter: b"{}", "CORRUPT_DELTA"),
+        (lambda adapter: b"[" * 100_000, "CORRUPT_DELTA"),
         (lambda adapter: adapter.manifest.replace(b'"delta_sha256": "', b'"delta_sha256": "0'), "CORRUPT_DELTA"),
     ],
 )

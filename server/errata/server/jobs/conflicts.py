@@ -140,12 +140,11 @@ def first_answer(request: edit_pb2.EditRequest) -> str:
 
 
 def _installed(parts: Sequence[Part]) -> Iterator[tuple[Key, _Installed]]:
-    for part in parts:
-        for made, request in ((made, request) for made in part.edits for request in made.request.requests):
-            for context in request.contexts:
-                answer = context.answer or request.target
-                one = _Installed(part=part, edit=made.edit, request=request, answer=answer)
-                yield from ((key, one) for key in _keys(context))
+    asked = ((part, made.edit, request) for part in parts for made in part.edits for request in made.request.requests)
+    for part, edit, request in asked:
+        for context in request.contexts:
+            one = _Installed(part=part, edit=edit, request=request, answer=context.answer or request.target)
+            yield from ((key, one) for key in _keys(context))
 
 
 def _keys(context: common_pb2.Context) -> Iterator[Key]:

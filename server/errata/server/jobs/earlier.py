@@ -16,7 +16,7 @@ _CONTEXTS = 8
 
 def earlier_requests(lineages: Lineages, decoder: Decoder, model: str, version: int) -> tuple[EditRequest, ...]:
     """The requests of all edits that stand in the version's lineage, the newest first, with some of their contexts."""
-    found = []
+    found: list[EditRequest] = []
     for request in _newest_first(lineages, model, version):
         found.append(decoder.edit_request(_thinned(request), f"earlier[{len(found)}]"))
         if len(found) == _MOST_REQUESTS:

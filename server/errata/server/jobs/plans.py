@@ -249,7 +249,7 @@ class Planner:
     def _import(self, parent: VersionRow, order: ImportOrder) -> Plan:
         try:
             base = str(json.loads(order.manifest)["base_sha256"]) if order.manifest else order.base_sha256
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise CorruptDeltaError("adapter.manifest names no base; give the errata.json of an export") from None
         known = self._ledger.model(parent.model).base_sha256
         if known and base != known:

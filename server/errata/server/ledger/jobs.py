@@ -77,7 +77,7 @@ class JobLedger(Database):
             return None if first is None else _repeated(session, first, sha256(sent).hexdigest())
 
     def job(self, kind: JobKind, model: str, job: str) -> JobRow:
-        """One job. Raises NotFoundError (TRACE_NOT_FOUND, EDIT_NOT_FOUND, EVALUATION_NOT_FOUND)."""
+        """One job. Raises NotFoundError, whose reason has the kind: TRACE_NOT_FOUND, EDIT_NOT_FOUND and so on."""
         with self._read() as session:
             return full_row(session, _named(session, kind, model, job))
 
