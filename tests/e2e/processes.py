@@ -155,7 +155,7 @@ def mlflow_server(folder: Path) -> Iterator[MlflowProcess]:
     """An MLflow server that answers."""
     process = MlflowProcess(folder)
     try:
-        process.line(lambda line: "Application startup complete" in line)
+        process.line(lambda line: "Uvicorn running on" in line)
         yield process
     finally:
         process.end()

@@ -206,6 +206,14 @@ def test_more_keys_than_directions_are_refused_without_a_ridge() -> None:
         solve_edit(torch.randn(3, 5, generator=random), torch.randn(2, 5, generator=random), Identity(), 0.0)
 
 
+def test_earlier_keys_need_a_ridge() -> None:
+    k, r, c, _ = problem((6, 3, 1, 0))
+    twice = torch.cat([k, k], 1)
+    with pytest.raises(IllConditionedError, match="give one above 0"):
+        solve_edit(k, r, NullSpace(c, energy=1.0, earlier=twice, ridge=0.0), 0.0)
+    solve_edit(k, r, NullSpace(c, energy=1.0, earlier=twice, ridge=0.1), 0.1)
+
+
 def test_a_null_space_without_room_is_refused() -> None:
     k, r, c, _ = problem((4, 12, 1, 0))
     with pytest.raises(IllConditionedError):

@@ -23,10 +23,12 @@
     ├── ForbiddenError               PERMISSION_DENIED: the token's role does not allow it
     ├── BusyError                    RESOURCE_EXHAUSTED: `retry_after` says when to come back
     ├── UnavailableError             UNAVAILABLE: the server cannot be reached
-    │   └── DrainingError                it is shutting down
+    │   ├── DrainingError                it is shutting down
+    │   └── LedgerUnavailableError       its ledger's database does not answer
     ├── DeadlineExceededError        DEADLINE_EXCEEDED, and a timeout of the client's; also a TimeoutError
     ├── UnsupportedError             UNIMPLEMENTED: the server knows no such call
     └── InternalError                INTERNAL, UNKNOWN, DATA_LOSS: a fault of the server
+        └── EngineError                  in inference
 
 A reason that this release does not know is raised as the class beside its gRPC code above, with the reason kept.
 """
@@ -317,6 +319,12 @@ class DrainingError(UnavailableError):
     default_reason = "DRAINING"
 
 
+class LedgerUnavailableError(UnavailableError, LedgerError):
+    """The server cannot reach its ledger's database at present. Call again in a moment."""
+
+    default_reason = "LEDGER_UNAVAILABLE"
+
+
 class DeadlineExceededError(ErrataError, TimeoutError):
     """The answer took longer than the timeout. Work that was queued goes on: ask for it by name."""
 
@@ -333,6 +341,12 @@ class InternalError(ErrataError):
     """A fault of the server; its log says more."""
 
     default_reason = "INTERNAL"
+
+
+class EngineError(InternalError):
+    """Inference failed inside the server, through no request's fault; its log says more."""
+
+    default_reason = "ENGINE_FAILURE"
 
 
 _Code = grpc.StatusCode
@@ -394,7 +408,7 @@ _NARROWER: dict[type[ErrataError], tuple[str, ...]] = {
         "BISECTION_NOT_FOUND",
     ),
     BusyError: ("RATE_LIMITED",),
-    InternalError: ("ENGINE_FAILURE", "INTERRUPTED"),
+    InternalError: ("INTERRUPTED",),
 }
 """Reasons that say more than their class does. They matter where no code does: in failed work."""
 

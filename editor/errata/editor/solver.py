@@ -89,6 +89,8 @@ class NullSpace(KeyMetric):
         free: Tensor = vectors[:, share <= self.energy]
         within = free.T @ keys.double()
         if self.earlier is not None:
+            if not self.ridge > 0:
+                raise IllConditionedError("earlier edits are held against a ridge, which is 0; give one above 0")
             held = free.T @ self.earlier.double()
             normal = held.T @ held + self.ridge * torch.eye(held.shape[1], dtype=held.dtype)
             within = within - held @ torch.linalg.solve(normal, held.T @ within)

@@ -13,6 +13,7 @@ import secrets
 import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,9 @@ _OUTBOX_SECONDS = 35.0
 
 _PUBLICATION = "mlflow:"
 """What a fault in a publication begins with: `mlflow:run`; see `registry.STEPS`."""
+
+_CALL_THREADS = 64
+"""Most calls that wait for the ledger, or decode what they were sent, at once."""
 
 _SERVICES = tuple(
     file.DESCRIPTOR.services_by_name[name].full_name
@@ -234,6 +238,8 @@ class Server:
 
     async def _start(self) -> None:
         settings = self._settings
+        # Admission waits for the ledger in these threads, beside calls that fetch and decode images in them.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(_CALL_THREADS, thread_name_prefix="call"))
         stores = self.stores = await asyncio.to_thread(self._open)
         self.events = JobEvents()
         self._metrics = Metrics(self._states)

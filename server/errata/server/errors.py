@@ -2,8 +2,7 @@
 
 ErrataError (errata.editor.errors)
 ├── EngineError                      something failed that no request is to blame for
-├── CancelledError (errata.editor.errors)
-│   └── DeadlineExceededError            the request's deadline passed
+├── DeadlineExceededError            the request's deadline passed
 └── ServiceError                     `reason` and gRPC code by class
     ├── NotFoundError                    no such model, version, alias, trace, edit, evaluation
     ├── MalformedError                   a request that breaks the API's own limits; `field` names it
@@ -47,7 +46,7 @@ class EngineError(ErrataError):
     reason = "ENGINE_FAILURE"
 
 
-class DeadlineExceededError(CancelledError):
+class DeadlineExceededError(ErrataError):
     """The request's deadline passed before its answer was complete."""
 
     reason = "DEADLINE_EXCEEDED"

@@ -265,7 +265,7 @@ class Engine:
     def _lives(self, work: Work) -> bool:
         try:
             self._check(work)
-        except CancelledError as error:
+        except (CancelledError, DeadlineExceededError) as error:
             self._fail(work, error)
             return False
         return True

@@ -167,8 +167,8 @@ class JobRunner:
                 _log.exception("the ledger could not be asked for work; trying again in %.0f s", wait)
                 timeout, wait = wait, min(2 * wait, _MOST_WAIT)
             with self._ring:
-                # What rang since the ledger was asked is not lost.
-                self._ring.wait_for(lambda rung=rung: self._rung != rung, timeout)  # type: ignore[misc]
+                # What rang since the ledger was asked is not lost, nor the end where it rang before.
+                self._ring.wait_for(lambda rung=rung: self._rung != rung or self._stopping.is_set(), timeout)  # type: ignore[misc]
         return None
 
     def _claim(self) -> JobRow | None:

@@ -74,6 +74,11 @@ def database_url(url: str) -> URL:
     return parsed
 
 
+def impatient(url: URL) -> URL:
+    """The URL of a PostgreSQL with time limits for connecting and sending, where it names none."""
+    return url.update_query_dict({k: v for k, v in _POSTGRESQL.items() if k not in url.query})
+
+
 def open_engine(url: URL, *, foreign_keys: bool = True, lock_wait: float = LOCK_WAIT) -> Engine:
     """An engine that connects on first use, and raises LedgerUnavailableError where the database does not answer.
 
@@ -84,7 +89,7 @@ def open_engine(url: URL, *, foreign_keys: bool = True, lock_wait: float = LOCK_
         engine = create_engine(url, poolclass=_Pool, max_overflow=-1)
         _set_up_sqlite(engine, foreign_keys, lock_wait)
     else:
-        url = url.update_query_dict({k: v for k, v in _POSTGRESQL.items() if k not in url.query})
+        url = impatient(url)
         engine = create_engine(url, poolclass=_Pool, pool_pre_ping=True)
     event.listen(engine, "handle_error", _translated, retval=True)
     return engine

@@ -21,6 +21,7 @@ from sqlalchemy import URL, Connection, Engine, NullPool, create_engine
 from sqlalchemy.exc import DBAPIError
 
 from errata.server.errors import LedgerError
+from errata.server.ledger.database import impatient
 from errata.server.settings import SettingsError
 
 _log = logging.getLogger(__name__)
@@ -107,7 +108,7 @@ class _AdvisoryLock:
 
     def __init__(self, url: URL, lost: Callable[[], None], patience: float, beat: float) -> None:
         self._shown = url.render_as_string(hide_password=True)
-        named = url.update_query_dict({"application_name": f"errata server, {_ourselves()}"[:63]})
+        named = impatient(url).update_query_dict({"application_name": f"errata server, {_ourselves()}"[:63]})
         self._engine = create_engine(named, poolclass=NullPool, isolation_level="AUTOCOMMIT")
         self._lost, self._patience, self._beat = lost, patience, beat
         self._connection: Connection | None = None

@@ -69,10 +69,10 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
 
     async def _asked(self, ref: VersionRef) -> tuple[VersionRow, Engine]:
         """The version that a name means now, and the engine that answers for it, once its model is loaded."""
-        loading = self._models.load(ref.model)
+        # First, so that a mistyped version does not load a model.
         version = await asyncio.to_thread(self._ledger.resolve, ref.model, ref.number, ref.alias)
         # Shielded: others wait for the same model.
-        loaded = await asyncio.shield(asyncio.wrap_future(loading))
+        loaded = await asyncio.shield(asyncio.wrap_future(self._models.load(ref.model)))
         return version, loaded.engine
 
     def _answer(self, version: VersionRow, generated: Generated) -> inference_pb2.GenerateResponse:
