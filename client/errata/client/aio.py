@@ -130,12 +130,13 @@ class AsyncErrata:
         validate_only: bool = False,
         timeout: float | None = None,
     ) -> Alias:
-        """Points an alias to a version.
+        """Points an alias to a version, or to the one that another alias names now.
 
         `etag`: move it only from where you saw it, EtagMismatchError otherwise. `override_reason`: promote a rejected
         version all the same, RejectedVersionError without it; it lands in the audit. `validate_only`: change nothing.
         """
-        call = calls.promote(version, alias, etag=etag, override_reason=override_reason, validate_only=validate_only)
+        found = version if calls.is_numbered(version) else await self.version(version, timeout=timeout)
+        call = calls.promote(found, alias, etag=etag, override_reason=override_reason, validate_only=validate_only)
         return await self._transport.run(call, timeout)
 
     async def rollback(self, alias: NameLike, *, etag: str = "", timeout: float | None = None) -> Alias:

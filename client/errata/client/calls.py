@@ -149,10 +149,15 @@ def get_lineage(version: NameLike) -> Call[tuple[results.Version, ...]]:
     )
 
 
+def is_numbered(version: NameLike) -> bool:
+    """Whether a name is a version's own, so that no alias has to be resolved before it is promoted."""
+    return "/versions/" in full_name(version)
+
+
 def promote(
     version: NameLike, alias: str, *, etag: str, override_reason: str, validate_only: bool
 ) -> Call[results.Alias]:
-    """Points an alias to a version."""
+    """Points an alias to a version, which its number names."""
     request = model_pb2.PromoteRequest(
         version=full_name(version),
         alias=alias,

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -94,9 +94,9 @@ def load_checks(path: Path) -> Checks:
     try:
         entry = ChecksEntry.model_validate(source.data)
     except ValidationError as error:
-        raise CheckError([_problem(source, e) for e in _own(error.errors(include_input=False))]) from None
+        raise _error(_problem(source, e) for e in _own(error.errors(include_input=False))) from None
     if problems := [*_doubled_ids(source, entry), *_missing_images(source, entry), *_unknown_tags(source, entry)]:
-        raise CheckError(problems)
+        raise _error(problems)
     return Checks(
         path=path,
         probes=tuple(_probe(source, entry, i) for i in range(len(entry.probes))),
@@ -123,6 +123,11 @@ def _probe(source: Source, entry: ChecksEntry, index: int) -> Probe:
         weight=given.weight,
         line=source.line(("probes", index)),
     )
+
+
+def _error(problems: Iterable[Problem]) -> CheckError:
+    """The error of these, in the order of the file."""
+    return CheckError(sorted(problems, key=lambda each: each.line or 0))
 
 
 def _own(errors: Sequence[ErrorDetails]) -> Iterator[ErrorDetails]:

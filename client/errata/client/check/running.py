@@ -7,11 +7,14 @@ from errata.client.check.errors import CheckError
 from errata.client.check.judging import Report, Subject, judge
 
 
-def needs_baseline(checks: Checks) -> None:
-    """Raises CheckError where a probe has to be unchanged; for checks that have nothing to compare with."""
+def needs_baseline(checks: Checks, option: str = "--baseline") -> None:
+    """Raises CheckError where a probe has to be unchanged; for checks that have nothing to compare with.
+
+    `option` is what gives one.
+    """
     for probe in checks.probes:
         if probe.unchanged:
-            message = f"{probe.id!r} has to be unchanged, and there is no baseline; give --baseline VERSION or a file"
+            message = f"{probe.id!r} has to be unchanged, and there is no baseline; give {option} VERSION or a file"
             raise CheckError.of(message, path=checks.path, line=probe.line)
 
 

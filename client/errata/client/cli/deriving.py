@@ -26,7 +26,7 @@ from errata.client.errors import EditsConflictError
 from errata.client.inputs import DerivationOptions
 from errata.client.names import full_name, model_part
 from errata.client.operations import Operation
-from errata.client.results import Conflict, Derivation
+from errata.client.results import Conflict, Derivation, DerivationKind
 
 Sources = Annotated[list[str], typer.Argument(metavar="VERSION...", help="Their own deltas, in this order.")]
 Anyway = Annotated[bool, typer.Option("--allow-conflicts", help="Make it although edits conflict.")]
@@ -164,9 +164,9 @@ def show_derivation(session: Session, operation: Operation[Derivation], *, allow
         return
     try:
         _show(session, done := session.followed(operation, "deriving"), "on")
-    except EditsConflictError as error:
-        session.output.show(operation.latest, *_conflicts(operation.latest.conflicts))
-        session.output.note(f"errata: {error}")
+    except EditsConflictError:
+        session.output.show(operation.latest, *_conflicts(operation.latest.conflicts, measured=True))
+        session.output.note("errata: nothing was made; leave one of them out, or say --allow-conflicts")
         raise typer.Exit(NO) from None
     session.refuse(done)
 
@@ -196,22 +196,34 @@ def _show(session: Session, found: Derivation, on: str) -> None:
                 ("derivation", found.name),
             ]
         ),
-        *_conflicts(found.conflicts),
+        *_conflicts(found.conflicts, measured=bool(found.name)),
         *verdict(session.output, found.scores, found.rejections),
+        *_unjudged(found),
         *later,
     )
 
 
-def _conflicts(conflicts: tuple[Conflict, ...]) -> list[RenderableType]:
+def _unjudged(found: Derivation) -> list[RenderableType]:
+    """An adapter brings no probes along, so it is taken as it is where none were given."""
+    if found.kind is not DerivationKind.IMPORT or not found.version or found.scores:
+        return []
+    remedy = f"errata eval {short(found.version)} --probes FILE does, or an import with --probes"
+    return [line(""), line(f"nothing judged it: {remedy}", "yellow")]
+
+
+def _conflicts(conflicts: tuple[Conflict, ...], *, measured: bool) -> list[RenderableType]:
     if not conflicts:
         return []
-    return [line("edits that contradict each other:", "bold red"), indented(map(_conflict, conflicts))]
+    told = (_conflict(each, measured=measured) for each in conflicts)
+    return [line("edits that contradict each other:", "bold red"), indented(told)]
 
 
-def _conflict(each: Conflict) -> str:
+def _conflict(each: Conflict, *, measured: bool) -> str:
     first, second = (f"{short(e.version)} {e.fact}".rstrip() for e in (each.first, each.second))
     asked = f"\n  {each.question} {each.expected!r} became {each.answer!r}" if each.question else ""
-    return f"{first}\n  against {second} (keys overlap {each.key_overlap:.2f}){asked}"
+    # A dry run compares requests alone.
+    overlap = f" (keys overlap {each.key_overlap:.2f})" if measured else ""
+    return f"{first}\n  against {second}{overlap}{asked}"
 
 
 def _version_of(session: Session, given: str) -> str:

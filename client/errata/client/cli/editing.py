@@ -10,18 +10,20 @@ from errata.client.cli.asking import Images, Raw
 from errata.client.cli.models import VersionName
 from errata.client.cli.output import Output, facts, indented, line
 from errata.client.cli.plain import label, short
-from errata.client.cli.problems import UsageError
+from errata.client.cli.problems import NO, UsageError
 from errata.client.cli.session import Session
-from errata.client.inputs import Context, EditOptions, EditRequest, EvaluationOptions, LayerChoice, Probe, Prompt
+from errata.client.inputs import Context, EditOptions, EditRequest, EvaluationOptions, LayerChoice, Metric, Probe, Prompt
 from errata.client.results import Edit, Evaluation, Job, MetricScore, State
 
 Guardrails = Annotated[
     list[str] | None, typer.Option("--guardrail", metavar="METRIC=MIN", help="Least share; may be repeated.")
 ]
 Parent = Annotated[str | None, typer.Option("--on", metavar="VERSION", help="What to build on; default: champion.")]
-Probes = Annotated[Path | None, typer.Option("--probes", metavar="FILE", help="More probes that judge it, in YAML.")]
+Probes = Annotated[Path | None, typer.Option("--probes", metavar="FILE", help="More that judges it: examples/probes.yaml.")]
 Description = Annotated[str, typer.Option(metavar="TEXT", help="For the record.")]
 AliasOption = Annotated[str, typer.Option("--alias", metavar="ALIAS", help="Point it there unless rejected.")]
+_ADVICE = "try more phrasings (contexts in a --file), other layers (--layers auto), or more --steps"
+
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Have the server check it, and queue nothing.")]
 
 
@@ -34,7 +36,7 @@ def edit(
     subject: Annotated[str, typer.Option(metavar="TEXT", help='What "this country" means there.')] = "",
     name: Annotated[str | None, typer.Option(metavar="TEXT", help="What the fact is; default: the prompt.")] = None,
     raw: Raw = False,
-    file: Annotated[Path | None, typer.Option(metavar="FILE", help="Many facts, in YAML or JSONL.")] = None,
+    file: Annotated[Path | None, typer.Option(metavar="FILE", help="Many facts, YAML or JSONL: examples/facts.yaml.")] = None,
     on: Parent = None,
     layers: Annotated[str | None, typer.Option(metavar="LAYERS", help="1,2, a trace's name, or auto.")] = None,
     method: Annotated[str | None, typer.Option(metavar="NAME", help="memit, multedit, rome, emmet, alphaedit.")] = None,
@@ -44,7 +46,7 @@ def edit(
     alias: AliasOption = "",
     dry_run: DryRun = False,
 ) -> None:
-    """Correct or insert facts as a new version. Exits 1 where guardrails reject it."""
+    """Correct or insert facts as a new version. Exits 1 if rejected or if none holds."""
     options: EditOptions = {}
     if file is not None:
         if prompt or target or constraint or image or subject or name or raw:
@@ -77,14 +79,13 @@ def edit(
         session.output.show(checked, head, indented(checked.facts))
         return
     done = session.followed(session.client.edit(parent, requests, **options), "editing")
-    show_edit(session.output, done)
-    session.refuse(done)
+    conclude_edit(session, done)
 
 
 def evaluate(
     session: Session,
     version: VersionName,
-    probes: Annotated[Path, typer.Option(metavar="FILE", help="What to ask, in YAML or JSONL.")],
+    probes: Annotated[Path, typer.Option(metavar="FILE", help="What to ask, as examples/probes.yaml does.")],
     baseline: Annotated[str | None, typer.Option(metavar="VERSION", help="Compare with; default: parent.")] = None,
     guardrail: Guardrails = None,
     every: Annotated[bool, typer.Option("--all", help="List every answer, not only what failed.")] = False,
@@ -101,6 +102,16 @@ def evaluate(
     session.refuse(done)
 
 
+def conclude_edit(session: Session, edit: Edit) -> None:
+    """Says what an edit did. Ends with exit code 1 where it was rejected, or where none of its facts holds."""
+    show_edit(session.output, edit)
+    if none_holds := any(each.metric is Metric.EFFICACY and each.n and not each.after for each in edit.scores):
+        session.output.alarm(f"errata: not installed: none of the facts holds in {short(edit.version)}; {_ADVICE}")
+    session.refuse(edit)
+    if none_holds:
+        raise typer.Exit(NO)
+
+
 def show_edit(output: Output, edit: Edit) -> None:
     """Says what an edit did."""
     missed = [
@@ -108,6 +119,8 @@ def show_edit(output: Output, edit: Edit) -> None:
         for each in edit.outcomes
         if not each.converged and each.losses
     ]
+    if missed:
+        missed.append(_ADVICE)
     output.show(
         edit,
         facts(

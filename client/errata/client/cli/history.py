@@ -11,7 +11,7 @@ from rich.text import Text
 
 from errata.client.cli import graph
 from errata.client.cli.deriving import show_derivation
-from errata.client.cli.editing import read_probes, show_edit, show_evaluation, verdict
+from errata.client.cli.editing import conclude_edit, read_probes, show_evaluation, verdict
 from errata.client.cli.models import Most
 from errata.client.cli.output import Output, facts, indented, line
 from errata.client.cli.plain import clean, figures, plain, short, size, when
@@ -64,9 +64,7 @@ def show(
     client, output = session.client, session.output
     match name.split("/"):
         case ["models", _, "edits", _]:
-            edit = session.followed(client.operation(client.get_edit(name)), "editing")
-            show_edit(output, edit)
-            session.refuse(edit)
+            conclude_edit(session, session.followed(client.operation(client.get_edit(name)), "editing"))
         case ["models", _, "traces", _]:
             show_trace(session, session.followed(client.operation(client.get_trace(name)), "tracing"))
         case ["models", _, "evaluations", _]:
@@ -99,7 +97,7 @@ def diff(
 def bisect(
     session: Session,
     bad: Annotated[str, typer.Argument(metavar="BAD", help="The version that fails, like atlas@16.")],
-    probes: Annotated[Path, typer.Option(metavar="FILE", help="It must pass all of these, in YAML or JSONL.")],
+    probes: Annotated[Path, typer.Option(metavar="FILE", help="It must pass all of these (examples/probes.yaml).")],
     good: Annotated[str | None, typer.Option(metavar="VERSION", help="One that passes; default: the base.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Search anew, although it was searched before.")] = False,
 ) -> None:
@@ -215,7 +213,7 @@ def _comparison(output: Output, found: Comparison, every: bool) -> list[Renderab
         if only:
             parts += [line(f"only {name}", "bold"), indented(_facts_of(only))]
     if found.layers:
-        rows = ((str(each.layer), f"{each.relative_norm:.2e}", str(each.rank)) for each in found.layers)
+        rows = ((str(each.layer), f"{each.relative_norm:.2%}", str(each.rank)) for each in found.layers)
         parts += [line(""), output.table(("layer", "‖ΔW‖/‖W‖", "rank"), rows)]
     answers = [each for each in found.answers if every or each.changed]
     if answers:

@@ -68,6 +68,10 @@ class Output:
         """Says something beside the result, to stderr."""
         self.errors.print(Text(clean(text)), soft_wrap=True)
 
+    def alarm(self, text: str) -> None:
+        """Says to stderr what must not be passed over."""
+        self.errors.print(Text(clean(text), style="bold red"), soft_wrap=True)
+
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[str]]) -> RenderableType:
         """Rows below each other; where they do not fit, one block a row."""
         cells = [[Text(clean(cell), overflow="fold") for cell in row] for row in rows]

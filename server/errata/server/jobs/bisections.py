@@ -61,6 +61,7 @@ class BisectionWork:
     def _keep(self, job: RunningJob, outcome: history_pb2.Bisection, most: int) -> None:
         self._ledger.keep(job.row.id, outcome.SerializeToString(deterministic=True))
         job.step(len(outcome.steps), most)
+        job.check(now=True)
 
 
 class _Search:

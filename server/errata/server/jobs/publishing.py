@@ -48,7 +48,7 @@ class Publisher:
 
         Raises what stops it before.
         """
-        job.check()
+        job.check(now=True)
         # From here on it is not stopped, so that a cancelled job leaves nothing on the disk.
         stored = self._deltas.put(delta, loaded.base)
         self._artifacts.write(job.row.id, files)

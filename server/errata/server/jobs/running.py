@@ -43,7 +43,7 @@ class RunningJob:
 
         Raises CancelledError where the job is to stop.
         """
-        self.check()
+        self.check(now=True)
         self._stage, self._total, self._passes = stage, total, 0
         self._write(0, total)
 
@@ -57,16 +57,16 @@ class RunningJob:
         self._written = self._clock()
         self._changed(self.row.id)
 
-    def cancelled(self) -> bool:
-        """Whether to stop: somebody asked for it, or the server ends. The ledger is asked at most every `INTERVAL`."""
-        if not self._asked_to_stop and self._clock() - self._looked >= INTERVAL:
+    def cancelled(self, *, now: bool = False) -> bool:
+        """Whether to stop: somebody asked for it, or the server ends. The ledger is asked `now` or every `INTERVAL`."""
+        if not self._asked_to_stop and (now or self._clock() - self._looked >= INTERVAL):
             self._asked_to_stop = self._ledger.cancel_requested(self.row.id)
             self._looked = self._clock()
         return self._asked_to_stop or self._interrupted()
 
-    def check(self) -> None:
+    def check(self, *, now: bool = False) -> None:
         """Raises CancelledError where `cancelled`."""
-        if self.cancelled():
+        if self.cancelled(now=now):
             raise CancelledError("stopped on request; nothing was changed")
 
     def result_of(self, future: "Future[T]") -> T:

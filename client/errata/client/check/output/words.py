@@ -28,13 +28,14 @@ def compared(report: Report) -> str:
 
 
 def verdict(report: Report) -> str:
-    """The whole check in a line."""
+    """The whole check in a line; "regressed" where a probe fails that the baseline passes, else "failing"."""
     tolerated = sum(o.verdict is Verdict.TOLERATED for o in report.outcomes)
     parts = [f"{len(report.failed)} of {len(report.outcomes)} probes fail"] if report.failed else []
     parts += [f"{tolerated} of {len(report.outcomes)} fail within their thresholds"] if tolerated else []
     parts += [threshold(share) for share in report.shares if not share.met]
     said = "; ".join(parts) or f"all {len(report.outcomes)} probes hold"
-    return f"{'passed' if report.passed else 'regressed'}: {said}"
+    regressed = any(o.change is Change.BROKEN for o in report.failed)
+    return f"{'passed' if report.passed else 'regressed' if regressed else 'failing'}: {said}"
 
 
 def question(probe: Probe) -> str:
