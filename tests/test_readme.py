@@ -1,6 +1,7 @@
 """The README's examples, run as they stand there."""
 
 import contextlib
+import importlib.util
 import io
 import json
 import re
@@ -53,3 +54,17 @@ def test_the_servers_example_prints_what_its_comments_say(tmp_path: Path) -> Non
         server.terminate()
         server.communicate(timeout=120)
     assert server.returncode == 0
+
+
+def test_its_tables_of_methods_are_the_figures_that_were_measured() -> None:
+    folder = Path(__file__).parent.parent / "benchmarks"
+    spec = importlib.util.spec_from_file_location("methods", folder / "methods.py")
+    assert spec is not None
+    assert spec.loader is not None
+    methods = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(methods)
+    figures = json.loads((folder / "results" / "methods.json").read_text(encoding="utf-8"))
+    rows = [methods.markdown(by_seed, method) for method, by_seed in figures["batch"].items()]
+    rows.append(methods.markdown(figures["single"]["memit"], "memit, a request"))
+    rows.append(methods.markdown(figures["lone fact"]["memit"], "memit, a fact"))
+    assert not [row for row in rows if row not in _README]
