@@ -124,8 +124,8 @@ def test_the_base_is_no_adapter(hosted: Hosted, format: int) -> None:
 BAD: dict[str, tuple[dict[str, Any], str, grpc.StatusCode]] = {
     "no name": ({}, "name", grpc.StatusCode.INVALID_ARGUMENT),
     "a path": ({"name": "models/../versions/1"}, "name", grpc.StatusCode.INVALID_ARGUMENT),
-    "another model": ({"name": "models/none"}, "", grpc.StatusCode.NOT_FOUND),
-    "another version": ({"name": "models/atlas/versions/9999"}, "", grpc.StatusCode.NOT_FOUND),
+    "another model": ({"name": "models/none"}, "name", grpc.StatusCode.NOT_FOUND),
+    "another version": ({"name": "models/atlas/versions/9999"}, "name", grpc.StatusCode.NOT_FOUND),
     "an unknown format": ({"name": BASE, "format": 99}, "format", grpc.StatusCode.INVALID_ARGUMENT),
     "an unknown dtype": ({"name": BASE, "format": MERGED, "dtype": 99}, "dtype", grpc.StatusCode.INVALID_ARGUMENT),
     "a dtype of an adapter": ({"name": BASE, "dtype": 1}, "dtype", grpc.StatusCode.INVALID_ARGUMENT),
