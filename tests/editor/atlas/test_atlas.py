@@ -17,7 +17,7 @@ from errata.editor.model import EditableModel
 from errata.editor.statistics import key_statistics
 from errata.editor.trace import AveragedTrace, average, trace
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # the batch is a minute on two idle cores
 
 FACTS = (*errata(), *long_tail())
 SEED = 4
