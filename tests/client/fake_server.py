@@ -239,6 +239,8 @@ class Fake(
         return model_pb2.GetLineageResponse(versions=lineage)
 
     def Promote(self, request: Any, context: grpc.ServicerContext) -> Any:
+        if "/versions/" not in request.version:
+            Fault(code=grpc.StatusCode.INVALID_ARGUMENT, reason="MALFORMED_NAME").abort(context)
         name = self.resolve(request.version, context)
         alias = f"{name.partition('/versions/')[0]}/aliases/{request.alias}"
         self._check_etag(alias, request.etag, context)

@@ -187,6 +187,19 @@ def test_resources_are_taken_as_objects_full_names_and_short_names(client: Errat
     assert list(client.versions(client.model("tiny"))) == [client.version("tiny@0")]
 
 
+def test_what_another_alias_names_is_promoted(client: Errata, server: str, astana: EditRequest) -> None:
+    edit = client.edit("atlas", [astana]).result()
+    client.promote(edit.version, "candidate")
+    assert client.promote("atlas@candidate").version == edit.version
+    assert client.promote(client.version("atlas@0")).version == "models/atlas/versions/0"
+
+    async def promoted() -> str:
+        async with AsyncErrata(server) as other:
+            return (await other.promote("atlas@candidate")).version
+
+    assert asyncio.run(promoted()) == edit.version
+
+
 def test_promote_with_an_old_etag_is_refused_and_moves_nothing(client: Errata, astana: EditRequest) -> None:
     seen = client.promote("atlas@0")
     edit = client.edit("atlas", [astana]).result()

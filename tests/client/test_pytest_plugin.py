@@ -160,7 +160,6 @@ def test_without_a_server_a_mistake_in_a_file_is_found_all_the_same(project: pyt
     [
         (("--errata-version", "9", "--errata-baseline", "0"), "could not be asked: no 'models/atlas/versions/9'"),
         (("--errata-baseline", "none.json"), "could not be asked: none.json: the baseline cannot be read*"),
-        ((), "could not be asked: *facts.errata.yaml:12: 'norway' has to be unchanged, and there is no baseline*"),
     ],
 )
 def test_what_cannot_be_asked_fails_once_and_the_rest_of_the_file_is_skipped(
@@ -169,6 +168,25 @@ def test_what_cannot_be_asked_fails_once_and_the_rest_of_the_file_is_skipped(
     result = run(project, *options, server=server)
     result.assert_outcomes(failed=1, skipped=3)
     result.stdout.fnmatch_lines([said])
+
+
+def test_without_a_baseline_only_what_needs_one_fails_and_the_option_is_named(
+    project: pytest.Pytester, server: str
+) -> None:
+    path = project.path / "facts.errata.yaml"
+    path.write_text(f"{CHECKS}  - {{id: peru, prompt: 'And Peru?', unchanged: true}}\n")
+    result = run(project, server=server)
+    result.assert_outcomes(passed=2, xfailed=1, failed=1, skipped=1)
+    said = "could not be asked: *:12: 'norway' has to be unchanged, and there is no baseline; give --errata-baseline *"
+    result.stdout.fnmatch_lines([said])
+
+
+def test_a_probe_that_shares_a_threshold_with_one_that_needs_a_baseline_needs_it_too(
+    project: pytest.Pytester, server: str
+) -> None:
+    path = project.path / "facts.errata.yaml"
+    path.write_text(CHECKS.replace("tags: [north]", "tags: [facts]"))
+    run(project, server=server).assert_outcomes(passed=1, failed=1, skipped=2)
 
 
 def test_a_server_that_fails_midway_is_no_regression_of_the_others(

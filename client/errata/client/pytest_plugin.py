@@ -193,17 +193,26 @@ class _Asked:
     session: pytest.Session
     names: str = ""
     _outcomes: "dict[str, Outcome]" = field(default_factory=dict)
-    _failed: bool = False
+    _failed: set[bool] = field(default_factory=set)
 
     def outcome(self, probe: str) -> "Outcome":
-        """A probe's outcome. Raises what kept the probes from being asked once, and skips the rest of them."""
-        if self._failed:
+        """A probe's outcome. Raises what kept probes from being asked once, and skips the rest of those.
+
+        Probes that can be judged without a baseline are, where there is none for the others.
+        """
+        held = self._held(probe)
+        if held in self._failed:
             pytest.skip("not asked: an earlier probe of this file says why")
         if probe not in self._outcomes:
-            self._failed = True
-            self._ask({item.probe.id for item in self._selected()})
-            self._failed = False
+            self._failed.add(held)
+            self._ask({item.probe.id for item in self._selected() if self._held(item.probe.id) is held})
+            self._failed.remove(held)
         return self._outcomes[probe]
+
+    def _held(self, probe: str) -> bool:
+        """Whether a verdict on a probe waits for a baseline that nobody gave."""
+        needed = self.checks.judged_with({probe}).probes
+        return not self.connection.has_baseline(self.checks) and any(each.unchanged for each in needed)
 
     def _selected(self) -> Iterator[ProbeItem]:
         return (item for item in self.session.items if isinstance(item, ProbeItem) and item.asked is self)
@@ -215,7 +224,7 @@ class _Asked:
         checks = self.checks.judged_with(ids)
         baseline = self.connection.baseline(checks)
         if baseline is None:
-            needs_baseline(checks)
+            needs_baseline(checks, "--errata-baseline")
         report = run_checks(checks, self.connection.version, baseline)
         self.names = compared(report)
         self._outcomes = {outcome.probe.id: outcome for outcome in report.outcomes}
@@ -237,6 +246,10 @@ class _Connection:
     def version(self) -> "ServerAnswerer":
         """The version to check. Raises ErrataError."""
         return self._answerer(self._config.getoption("errata_version"))
+
+    def has_baseline(self, checks: "Checks") -> bool:
+        """Whether anything is named that the checks are held against."""
+        return bool(self._config.getoption("errata_baseline") or checks.baseline)
 
     def baseline(self, checks: "Checks") -> "ServerAnswerer | Baseline | None":
         """What the checks are held against, if anything: what the options name, else what the file does."""

@@ -75,6 +75,14 @@ def test_a_regression_ends_with_1_and_names_what_broke_and_what_was_fixed(
     assert err == ""
 
 
+def test_what_the_baseline_says_as_wrongly_is_failing_and_no_regression(
+    run: Run, write: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write('version: 1\nprobes:\n  - {id: nobody, prompt: "Who knows?", expected: I}\n')
+    assert run(path, "--baseline", "0") == 1
+    assert capsys.readouterr().out.splitlines()[-1].strip() == "failing: 1 of 1 probes fail"
+
+
 def test_a_narrow_terminal_gets_one_line_a_field(
     run: Run, write: Write, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,7 +199,7 @@ def test_a_version_that_names_its_model_needs_no_other_word(
     path = str(write(GOOD))
     assert main(["check", path, "--server", server, "--version", "atlas@1"]) == 0
     assert main(["check", path, "--server", server]) == 2
-    assert "the server has 2 models; name one of" in capsys.readouterr().err
+    assert "'candidate' is of which model? Say atlas@candidate or tiny@candidate" in capsys.readouterr().err
 
 
 def test_github_gets_annotations_at_the_probes_lines_and_a_summary(

@@ -154,10 +154,23 @@ def test_a_file_that_cannot_be_read_or_is_not_in_utf8_is_refused(tmp_path: Path)
     assert refused(tmp_path / "latin.yaml") == ["FILE: the file is not in UTF-8; save it so"]
 
 
+def test_mistakes_stand_in_the_order_of_the_file(write: Write) -> None:
+    text = """\
+        max_new_tokens: 0
+        probes:
+          - {id: a, prompt: "?", expcted: b}
+          - {id: b, prompt: "?"}
+        version: 2
+        nothing: here
+    """
+    places = [line.split(":")[1] for line in refused(write(text))]
+    assert places == ["1", "3", "4", "5", "6"]
+
+
 def test_aliases_that_would_grow_without_bound_are_refused_at_once(write: Write) -> None:
     bomb = "\n".join(["a0: &a0 [x, x]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 30))])
     lines = refused(write(f"{bomb}\nversion: 1\nprobes: *a29\n"))
-    assert lines[0] == "FILE:29: probes[0]: it has to be a mapping of fields to values"
+    assert "FILE:29: probes[0]: it has to be a mapping of fields to values" in lines
     assert len(lines) == 9 + 30  # a line for each field that there is not
 
 

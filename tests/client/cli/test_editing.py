@@ -33,6 +33,35 @@ def test_one_fact_is_corrected_by_flags_promoted_and_rolled_back(errata: Run) ->
     assert "alias.promote" in errata("audit", "atlas").out
 
 
+def test_what_an_alias_names_is_asked_checked_and_promoted(errata: Run, tmp_path: Path) -> None:
+    version = edited(errata, "--alias", "candidate")
+    checks = tmp_path / "checks.yaml"
+    checks.write_text(f'version: 1\nprobes:\n  - {{id: capital, prompt: "{CAPITAL}", expected: Astana}}\n')
+    for name in ("candidate", "atlas@candidate", version.removeprefix("atlas@"), version):
+        assert errata("ask", CAPITAL, "--version", name).out == "Astana\n"
+        assert errata("check", checks, "--version", name).code == 0
+    assert errata("promote", "atlas@candidate", "preview").out == f"atlas@preview is now {version}\n"
+    assert errata("promote", "preview", "second").out == f"atlas@second is now {version}\n"
+    assert errata("diff", "0", "second").out == errata("diff", "atlas@0", version).out
+
+
+def test_an_edit_that_installs_nothing_says_so_and_exits_with_1(errata: Run) -> None:
+    weak = ("--layers", "1", "--steps", "2", "--method", "multedit")
+    ran = errata("edit", CAPITAL, "--constraint", "Kazakhstan", "--target", "Astana", "--on", "atlas@0", *weak)
+    assert ran.code == 1
+    assert f"errata: not installed: none of the facts holds in {ran.out.split()[1]}; try more phrasings" in ran.err
+    assert "the value did not converge" in ran.out
+    assert errata("show", ran.out.split("\nedit")[1].split()[0]).code == 1
+
+
+def test_where_nobody_sees_a_progress_bar_each_stage_is_a_line_on_stderr(errata: Run) -> None:
+    asked = ("edit", CAPITAL, "--constraint", "Kazakhstan", "--target", "Astana", "--on", "atlas@0", *QUICK)
+    told = errata(*asked).err.splitlines()
+    assert "editing: values" in told
+    assert len(told) == len(set(told))
+    assert errata(*asked, "--json").err == ""
+
+
 def test_many_facts_are_corrected_by_a_file(errata: Run, tmp_path: Path) -> None:
     file = tmp_path / "facts.yaml"
     file.write_text(REQUESTS)
@@ -60,6 +89,7 @@ def test_an_edit_below_a_guardrail_exits_with_1_and_is_promoted_only_with_a_reas
     assert "rejected:\n  specificity: unrelated prompts 0.00 is below 0.50" in shown.out
     refused = errata("promote", edit["version"])
     assert refused.code == 1
+    assert refused.err.endswith("; promote it with --override REASON, or make a better edit\n")
     assert refused.err.count("\n") == 1
     assert errata("promote", edit["version"], "candidate", "--override", "for a test", "--dry-run").code == 0
     assert "○" in errata("log").out
@@ -120,9 +150,10 @@ def test_checks_pass_and_fail(errata: Run, corrected: str, tmp_path: Path) -> No
             ("edit", CAPITAL, "--constraint", "Kazakhstan", "--target", "Astana", "--guardrail", "efficacy"),
             "give a metric and its least share, like efficacy=0.9",
         ),
-        (("show", "atlas@999"), "has no version 999"),
+        (("show", "atlas@999"), "has no version 999; errata log lists those there are"),
         (("show", "elsewhere@1"), "elsewhere"),
         (("rollback", "atlas@nobody"), "nobody"),
+        (("squash", "atlas@0"), "atlas@0 is where the chain begins; name a later version"),
         (("revert", "atlas@0", "--on", "atlas@0"), "base"),
         (("rebase", "atlas@0", "--on", "atlas@0"), "atlas"),
     ],

@@ -7,6 +7,7 @@ import pytest
 from errata.client import Constraint, Context, EditRequest, Probe, Prompt
 from errata.client.cli.files import FileError, edit_file, probes, questions
 
+EXAMPLES = Path(__file__).parents[3] / "examples"
 REQUEST = """\
 requests:
   - name: "Kazakhstan: capital"
@@ -147,6 +148,30 @@ def test_questions_to_trace_are_corrupted_by_a_word_or_a_picture(tmp_path: Path)
     first, second = questions(written(tmp_path, text))
     assert first.substitute == "Peru"
     assert second.other_images == [tmp_path / "flag.png"]
+
+
+@pytest.mark.parametrize("key", ["facts", "edits"])
+def test_a_file_without_requests_is_shown_an_example_and_what_stands_there_instead(key: str, tmp_path: Path) -> None:
+    said = problem(tmp_path, REQUEST.replace("requests:", f"{key}:"))
+    assert (
+        said == f"file.yaml:1: requests: it is missing (there is {key!r}); examples/facts.yaml shows how it is written"
+    )
+
+
+def test_a_question_to_trace_without_what_corrupts_it_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path, "questions:\n  - {prompt: 'The capital of Norway?', constraint: Norway}\n")
+    with pytest.raises(FileError, match=r"file\.yaml:2: questions\[0\]: nothing corrupts it, .* give a substitute or"):
+        questions(path)
+
+
+def test_the_example_files_hold_what_their_comments_promise() -> None:
+    read = edit_file(EXAMPLES / "facts.yaml")
+    assert [request.target for request in read.requests] == ["Astana", "euro"]
+    assert read.requests[0].contexts[1].prompt.images == [EXAMPLES / "ci/flags/kazakhstan.jpg"]  # type: ignore[union-attr]
+    assert all(request.preserve for request in read.requests)
+    assert read.options["layers"] == [1]
+    assert [probe.expected for probe in probes(EXAMPLES / "probes.yaml")] == ["Astana", "Astana", None, None]
+    assert [question.substitute for question in questions(EXAMPLES / "questions.yaml")] == ["Norway", None]
 
 
 def test_a_file_that_names_itself_is_refused(tmp_path: Path) -> None:

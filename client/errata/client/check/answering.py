@@ -140,12 +140,7 @@ def version_name(model: str, ref: str) -> str:
     >>> version_name("atlas", "3"), version_name("atlas", "atlas@champion")
     ('atlas@3', 'atlas@champion')
     """
-    return ref if is_full(ref) else f"{model}@{ref}"
-
-
-def is_full(ref: str) -> bool:
-    """Whether a version's name says the model itself."""
-    return "@" in ref or ref.startswith("models/")
+    return ref if "@" in ref or ref.startswith("models/") else f"{model}@{ref}"
 
 
 def local_opener() -> OpenLocal:

@@ -17,6 +17,7 @@ from errata.client.cli.output import line
 from errata.client.cli.problems import NO, UsageError
 from errata.client.cli.session import Session
 from errata.client.errors import ErrataError
+from errata.client.names import full_name, model_part
 
 # pydantic and PyYAML take a moment to import, which no other command should wait for.
 if TYPE_CHECKING:
@@ -138,16 +139,19 @@ def _report(session: Session, path: Path, chosen: _Chosen) -> "Report":
 
 def _answerers(session: Session, chosen: _Chosen, baseline: str | None) -> "tuple[Answerer, Answerer | None]":
     """The version, and the baseline where it is a version as well."""
-    from errata.client.check.answering import ServerAnswerer, is_full, local_opener, open_local, version_name
+    from errata.client.check.answering import ServerAnswerer, local_opener, open_local
 
     if chosen.local is not None:
         opener = local_opener()
         found = open_local(opener, chosen.local, chosen.base)
         return found, None if baseline is None else open_local(opener, baseline, chosen.base)
+    named = session.version(chosen.version, model=chosen.model)
+    asked = ServerAnswerer(session.client, named)
+    if baseline is None:
+        return asked, None
     # A version that names its model says enough on a server that has several.
-    model = session.model(chosen.model or (chosen.version if is_full(chosen.version) else None))
-    asked = ServerAnswerer(session.client, version_name(model, chosen.version))
-    return asked, None if baseline is None else ServerAnswerer(session.client, version_name(model, baseline))
+    compared = session.version(baseline, model=chosen.model or model_part(full_name(named)))
+    return asked, ServerAnswerer(session.client, compared)
 
 
 def _update(session: Session, path: Path, chosen: _Chosen, into: Path) -> None:

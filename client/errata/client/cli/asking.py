@@ -15,7 +15,9 @@ from errata.client.streams import TextStream
 
 PromptText = Annotated[str, typer.Argument(metavar="PROMPT", help="The question.")]
 Images = Annotated[list[Path] | None, typer.Option("--image", metavar="FILE", help="A picture; may be repeated.")]
-Asked = Annotated[str | None, typer.Option("--version", metavar="VERSION", help="atlas@3; default: the champion.")]
+Asked = Annotated[
+    str | None, typer.Option("--version", metavar="VERSION", help="atlas@3, candidate; default: the champion.")
+]
 Raw = Annotated[bool, typer.Option("--raw", help="Without the model's chat template.")]
 
 

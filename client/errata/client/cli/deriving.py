@@ -20,7 +20,7 @@ from errata.client.cli.editing import (
 from errata.client.cli.models import VersionName
 from errata.client.cli.output import facts, indented, line
 from errata.client.cli.plain import figures, short
-from errata.client.cli.problems import NO
+from errata.client.cli.problems import NO, UsageError
 from errata.client.cli.session import Session
 from errata.client.errors import EditsConflictError
 from errata.client.inputs import DerivationOptions
@@ -48,7 +48,7 @@ def revert(
     """
     version = _version_of(session, edit)
     options = _options(probes, guardrail, description, alias, dry_run)
-    show_derivation(session, session.client.revert(on or _model_of(version), version, **options))
+    show_derivation(session, session.client.revert(_parent(session, on, version), version, **options))
 
 
 def compose(
@@ -69,7 +69,7 @@ def compose(
     options = _options(probes, guardrail, description, alias, dry_run)
     options["allow_conflicts"] = allow_conflicts
     sources = [_version_of(session, each) for each in versions]
-    asked = session.client.compose(on or _model_of(sources[0]), sources, **options)
+    asked = session.client.compose(_parent(session, on, sources[0]), sources, **options)
     show_derivation(session, asked, allow_conflicts=allow_conflicts)
 
 
@@ -108,7 +108,8 @@ def rebase(
     """
     options = _options(probes, guardrail, description, alias, dry_run)
     options["allow_conflicts"] = allow_conflicts
-    show_derivation(session, session.client.rebase(on, version, **options), allow_conflicts=allow_conflicts)
+    asked = session.client.rebase(session.version(on), session.version(version), **options)
+    show_derivation(session, asked, allow_conflicts=allow_conflicts)
 
 
 def squash(
@@ -127,8 +128,12 @@ def squash(
     Exits 1 where guardrails reject it.
     """
     options = _options(probes, guardrail, description, alias, dry_run)
-    parent = on or f"{_model_of(version)}@0"
-    show_derivation(session, session.client.squash(parent, version, resolve=resolve, **options))
+    tip = session.version(version)
+    parent = _parent(session, on, tip, "@0")
+    if full_name(parent) == full_name(tip):
+        raise UsageError(f"{short(full_name(tip))} is where the chain begins; name a later version")
+    asked = session.client.squash(parent, tip, resolve=resolve, **options)
+    show_derivation(session, asked)
 
 
 def import_(
@@ -229,11 +234,13 @@ def _conflict(each: Conflict, *, measured: bool) -> str:
 def _version_of(session: Session, given: str) -> str:
     """The version that is meant by a version's name or an edit's."""
     full = full_name(given)
-    return session.client.get_edit(full).version if "/edits/" in full else given
+    return session.client.get_edit(full).version if "/edits/" in full else session.version(given)
 
 
-def _model_of(version: str) -> str:
-    return model_part(full_name(version))
+def _parent(session: Session, on: str | None, version: str, ref: str = "") -> str:
+    """What to build on: by default the champion of the version's own model, or its `ref`."""
+    model = model_part(full_name(version))
+    return session.version(on, ref, model)
 
 
 def _options(

@@ -12,14 +12,25 @@ from errata.client.cli.output import Output, facts, indented, line
 from errata.client.cli.plain import label, short
 from errata.client.cli.problems import NO, UsageError
 from errata.client.cli.session import Session
-from errata.client.inputs import Context, EditOptions, EditRequest, EvaluationOptions, LayerChoice, Metric, Probe, Prompt
+from errata.client.inputs import (
+    Context,
+    EditOptions,
+    EditRequest,
+    EvaluationOptions,
+    LayerChoice,
+    Metric,
+    Probe,
+    Prompt,
+)
 from errata.client.results import Edit, Evaluation, Job, MetricScore, State
 
 Guardrails = Annotated[
     list[str] | None, typer.Option("--guardrail", metavar="METRIC=MIN", help="Least share; may be repeated.")
 ]
 Parent = Annotated[str | None, typer.Option("--on", metavar="VERSION", help="What to build on; default: champion.")]
-Probes = Annotated[Path | None, typer.Option("--probes", metavar="FILE", help="More that judges it: examples/probes.yaml.")]
+Probes = Annotated[
+    Path | None, typer.Option("--probes", metavar="FILE", help="More that judges it: examples/probes.yaml.")
+]
 Description = Annotated[str, typer.Option(metavar="TEXT", help="For the record.")]
 AliasOption = Annotated[str, typer.Option("--alias", metavar="ALIAS", help="Point it there unless rejected.")]
 _ADVICE = "try more phrasings (contexts in a --file), other layers (--layers auto), or more --steps"
@@ -36,7 +47,9 @@ def edit(
     subject: Annotated[str, typer.Option(metavar="TEXT", help='What "this country" means there.')] = "",
     name: Annotated[str | None, typer.Option(metavar="TEXT", help="What the fact is; default: the prompt.")] = None,
     raw: Raw = False,
-    file: Annotated[Path | None, typer.Option(metavar="FILE", help="Many facts, YAML or JSONL: examples/facts.yaml.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Many facts, YAML or JSONL: examples/facts.yaml.")
+    ] = None,
     on: Parent = None,
     layers: Annotated[str | None, typer.Option(metavar="LAYERS", help="1,2, a trace's name, or auto.")] = None,
     method: Annotated[str | None, typer.Option(metavar="NAME", help="memit, multedit, rome, emmet, alphaedit.")] = None,
@@ -46,7 +59,7 @@ def edit(
     alias: AliasOption = "",
     dry_run: DryRun = False,
 ) -> None:
-    """Correct or insert facts as a new version. Exits 1 if rejected or if none holds."""
+    """Correct or insert facts as a new version; exits 1 if rejected or none holds."""
     options: EditOptions = {}
     if file is not None:
         if prompt or target or constraint or image or subject or name or raw:
@@ -93,10 +106,10 @@ def evaluate(
     """Ask a version and its parent the same probes. Exits 1 below a guardrail."""
     options: EvaluationOptions = {}
     if baseline is not None:
-        options["baseline"] = baseline
+        options["baseline"] = session.version(baseline)
     if guardrail:
         options["guardrails"] = guardrails(guardrail)
-    operation = session.client.evaluate(version, read_probes(probes), **options)
+    operation = session.client.evaluate(session.version(version), read_probes(probes), **options)
     done = session.followed(operation, "evaluating")
     show_evaluation(session.output, done, every=every)
     session.refuse(done)

@@ -183,6 +183,13 @@ class _EditEntry(_Entry):
 _OF_A_QUESTION = {"image", "raw", "constraint", "occurrence", "subject"}
 _OPTIONS = ("layers", "method", "preservation", "ridge", "steps", "guardrails", "description")
 
+_EXAMPLES = {
+    "requests": "examples/facts.yaml",
+    "probes": "examples/probes.yaml",
+    "questions": "examples/questions.yaml",
+}
+"""A file to begin from, by the list that it has."""
+
 _PARTS: dict[str, type[_Entry]] = {
     "requests": _RequestEntry,
     "probes": _ProbeEntry,
@@ -228,7 +235,13 @@ def questions(path: Path) -> list[TracedQuestion]:
     A question has `prompt`, `constraint`, one of `substitute` and `other_image`, and any of `image`, `answer`,
     `occurrence`, `raw`.
     """
-    return [each.question(path.parent) for each in _checked(_source(path), "questions", _TracedFile).questions]
+    source = _source(path)
+    entries = _checked(source, "questions", _TracedFile).questions
+    for i, each in enumerate(entries):
+        if (each.substitute is None) == (not each.other_image):
+            place: Place = (i,) if isinstance(source.data, list) else ("questions", i)
+            raise _error(source, place, "nothing corrupts it, or two things do; give a substitute or an other_image")
+    return [each.question(path.parent) for each in entries]
 
 
 class _Source(Protocol):
@@ -295,10 +308,20 @@ def _checked(source: _Source, listed: str, entry: type[E]) -> E:
         first = error.errors(include_input=False)[0]
         # As JSON and YAML have them; a list alone has no name.
         place = first["loc"][1:] if bare else first["loc"]
-        raise _error(source, place, said(first, _known(first["loc"], entry))) from None
+        whole = first["type"] == "missing" and place == (listed,)
+        problem = _misnamed(source, listed) if whole else said(first, _known(first["loc"], entry))
+        raise _error(source, place, problem) from None
     for name in _PARTS:
         _images_exist(source, () if bare else (name,), getattr(found, name, None) or ())
     return found
+
+
+def _misnamed(source: _Source, listed: str) -> str:
+    """What to say of a file without its list of entries."""
+    known = {*_PARTS, *_EditEntry.model_fields}
+    others = [repr(key) for key in source.data if key not in known] if isinstance(source.data, dict) else []
+    instead = f" (there is {', '.join(others)})" if others else ""
+    return f"it is missing{instead}; {_EXAMPLES[listed]} shows how it is written"
 
 
 def _error(source: _Source, place: Place, problem: str) -> FileError:

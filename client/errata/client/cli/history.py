@@ -43,8 +43,9 @@ def log(
 ) -> None:
     """The graph of versions, the newest first: facts, who, when, figures, aliases."""
     client = session.client
-    one = of is not None and ("@" in of or "/versions/" in of or "/aliases/" in of)
-    found = client.lineage(of) if of is not None and one else tuple(client.versions(session.model(of)))
+    named = session.version(of)
+    one = "@" in named or "/versions/" in named or "/aliases/" in named
+    found = client.lineage(named) if one else tuple(client.versions(named))
     shown = found[:number]
     rejected = frozenset(v.name for v in shown if v.state is VersionState.REJECTED)
     strokes = graph.ASCII if session.output.console.options.ascii_only else graph.UNICODE
@@ -77,7 +78,7 @@ def show(
         case ["models", _, "bisections", _]:
             show_bisection(output, session.followed(client.operation(client.get_bisection(name)), "bisecting"))
         case _:
-            _show_version(session, client.version(name))
+            _show_version(session, client.version(session.version(name)))
 
 
 def diff(
@@ -90,7 +91,9 @@ def diff(
     every: Annotated[bool, typer.Option("--all", help="List the answers that are the same, too.")] = False,
 ) -> None:
     """What two versions differ in: facts, layers, answers."""
-    found = session.client.compare(first, second, read_probes(probes) if probes else ())
+    found = session.client.compare(
+        session.version(first), session.version(second), read_probes(probes) if probes else ()
+    )
     session.output.show(found, *_comparison(session.output, found, every))
 
 
@@ -107,8 +110,8 @@ def bisect(
     """
     client = session.client
     asked = read_probes(probes)
-    failing = client.version(bad)
-    passing = client.version(good) if good is not None else None
+    failing = client.version(session.version(bad))
+    passing = client.version(session.version(good)) if good is not None else None
     options: BisectionOptions = {}
     if passing is not None:
         options["good"] = passing

@@ -8,12 +8,14 @@ import typer
 from errata.client.cli.output import line
 from errata.client.cli.plain import short, size, when
 from errata.client.cli.problems import UsageError
-from errata.client.cli.session import Session
+from errata.client.cli.session import Session, is_whole
 from errata.client.names import last_part
 from errata.client.results import Alias
 
+_VERSION = "atlas@3, atlas@candidate; atlas: its champion; 3, candidate: the only model's."
+
 ModelName = Annotated[str | None, typer.Argument(metavar="MODEL", help="Default: the server's only one.")]
-VersionName = Annotated[str, typer.Argument(metavar="VERSION", help="atlas@3, atlas@candidate; atlas: champion.")]
+VersionName = Annotated[str, typer.Argument(metavar="VERSION", help=_VERSION)]
 Most = Annotated[int, typer.Option("--number", "-n", min=1, metavar="N", help="At most so many.")]
 
 
@@ -46,7 +48,8 @@ def promote(
 
     Exits 1 where the version was rejected by its guardrails.
     """
-    moved = session.client.promote(version, alias, etag=etag, override_reason=override, validate_only=dry_run)
+    named = session.version(version)
+    moved = session.client.promote(named, alias, etag=etag, override_reason=override, validate_only=dry_run)
     _show_alias(session, moved, "would be" if dry_run else "is now")
 
 
@@ -56,8 +59,8 @@ def rollback(
     etag: Annotated[str, typer.Option(metavar="ETAG", help="Only from where you saw it.")] = "",
 ) -> None:
     """Point an alias back to the version it named before its last change."""
-    given = alias or session.model(None)
-    full = given if "@" in given or given.startswith("models/") else f"{given}@champion"
+    named = session.version(alias)
+    full = named if is_whole(named) else f"{named}@champion"
     _show_alias(session, session.client.rollback(full, etag=etag), "is again")
 
 
@@ -67,7 +70,7 @@ def delete(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Remove a version for good. Refused while an alias or another version needs it."""
-    found = session.client.version(version)
+    found = session.client.version(session.version(version))
     if not yes:
         _confirm(session, f"Delete {short(found.name)} for good?")
     session.client.delete_version(found)

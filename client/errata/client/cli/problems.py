@@ -6,8 +6,19 @@ import typer
 
 from errata.client.cli.output import Output
 from errata.client.cli.plain import clean
-from errata.client.errors import ErrataError, InvalidInputError, RejectedVersionError
+from errata.client.errors import ErrataError, InvalidInputError, RejectedVersionError, UnavailableError
 from errata.client.results import JsonValue
+
+_REMEDIES = {
+    "MODEL_NOT_FOUND": "errata models lists those there are",
+    "VERSION_NOT_FOUND": "errata log lists those there are",
+    "ALIAS_NOT_FOUND": "errata models lists those there are",
+    "VERSION_REJECTED": "promote it with --override REASON, or make a better edit",
+    "NOT_IN_LINEAGE": "errata log VERSION draws what a version descends from",
+    "EDIT_NOT_FOUND": "errata show VERSION names the one it was made by",
+    "DERIVATION_NOT_FOUND": "errata show VERSION names the one it was made by",
+}
+"""What to do about a server's errors in a shell, by reason: the server says it for those who call its API."""
 
 OK, NO, UNDONE = 0, 1, 2
 """Exit codes: done; the answer is no; it could not be done."""
@@ -44,6 +55,13 @@ def explain(error: Exception, output: Output) -> int:
 
 def _described(error: Exception) -> tuple[str, str, str]:
     match error:
+        case UnavailableError(explained=False):
+            # What gRPC says of the connection is in the traceback of --verbose.
+            server = error.message.partition(" (")[0]
+            return error.reason, f"{server}; check --server, or start one with `errata up`", error.field
+        case ErrataError(reason=reason) if reason in _REMEDIES:
+            what, _, _ = error.message.rpartition("; ")
+            return reason, f"{what or error.message}; {_REMEDIES[reason]}", error.field
         case ErrataError():
             return error.reason, str(error), error.field
         case typer.TyperException():

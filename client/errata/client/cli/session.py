@@ -15,7 +15,8 @@ from types import TracebackType
 from typing import Annotated, Self, TypeVar
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as ProgressBars
 
 from errata.client import Errata, Tls
 from errata.client.channel import DEFAULT_SERVER, DEFAULT_TIMEOUT
@@ -24,7 +25,7 @@ from errata.client.cli.output import Output
 from errata.client.cli.problems import BROKEN_PIPE, NO, UsageError
 from errata.client.names import model_part
 from errata.client.operations import Operation
-from errata.client.results import State, Work
+from errata.client.results import Progress, State, Work
 
 W = TypeVar("W", bound=Work)
 _NARROW = 60
@@ -90,15 +91,30 @@ class Session:
             return names[0]
         raise UsageError(f"the server has {len(names)} models; name one of {', '.join(names)}")
 
-    def version(self, given: str | None, ref: str = "") -> str:
-        """The version that is meant: the one given, or that of a server's only model; `ref` "@0" means the base."""
-        return given or self.model(None) + ref
+    def version(self, given: str | None, ref: str = "", model: str | None = None) -> str:
+        """The version that is meant: by its whole name, by a model's, or by a number or alias of `model`.
+
+        Without `model` it is a server's only one. Nothing given means that model's champion; `ref` "@0" its base.
+        Raises UsageError where there are more models.
+        """
+        if given is None:
+            return self.model(model) + ref
+        if is_whole(given):
+            return given
+        known = [model] if model else [model_part(each.name) for each in self.client.models()]
+        if given in known:
+            return given
+        if len(known) == 1:
+            return f"{known[0]}@{given}"
+        raise UsageError(f"{given!r} is of which model? Say {' or '.join(f'{each}@{given}' for each in known)}")
 
     def followed(self, operation: Operation[W], what: str) -> W:
-        """Waits for work, with a progress bar on a terminal. Its result; raises what it failed with."""
+        """Waits for work, with a progress bar on a terminal, else a line a stage. Its result; raises its error."""
         try:
             if self.output.errors.is_terminal:
                 self._progress(operation, what)
+            elif not self.output.as_json:
+                self._stages(operation, what)
             return operation.result()
         except KeyboardInterrupt:
             self.output.note(f"{operation.name} goes on; errata show {operation.name} waits for it")
@@ -112,12 +128,30 @@ class Session:
     def _progress(self, operation: Operation[W], what: str) -> None:
         errors = self.output.errors
         bar = BarColumn(bar_width=8 if errors.width < _NARROW else 30)
-        columns = (TextColumn("{task.description}"), bar, MofNCompleteColumn(), TimeElapsedColumn())
-        with Progress(*columns, console=errors, transient=True) as shown:
-            task = shown.add_task(what, total=None)
+        columns = (TextColumn("{task.description}"), bar, TextColumn("{task.fields[count]}"), TimeElapsedColumn())
+        with ProgressBars(*columns, console=errors, transient=True) as shown:
+            task = shown.add_task(what, total=None, count="")
             for step in operation:
-                description = f"{what}: {step.stage}"
-                shown.update(task, description=description, completed=step.done, total=step.total or None)
+                count, total = counted(step)
+                shown.update(task, description=f"{what}: {step.stage}", completed=step.done, total=total, count=count)
+
+    def _stages(self, operation: Operation[W], what: str) -> None:
+        last = ""
+        for step in operation:
+            if step.stage != last:
+                self.output.note(f"{what}: {step.stage}")
+            last = step.stage
+
+
+def is_whole(name: str) -> bool:
+    """Whether a version's name says its model, too."""
+    return "@" in name or name.startswith("models/")
+
+
+def counted(step: Progress) -> tuple[str, int | None]:
+    """How far a stage is, in a text, and its total; None where it is not known yet, or was guessed and is passed."""
+    total = step.total if step.done <= step.total else 0
+    return (f"{step.done}/{total}", total) if total else (str(step.done or ""), None)
 
 
 def add(app: typer.Typer, name: str, run: Callable[..., None], example: str) -> None:

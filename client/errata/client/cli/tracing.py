@@ -24,7 +24,7 @@ def trace(
     image: Images = None,
     answer: Annotated[str | None, typer.Option(metavar="TEXT", help="Followed; default: the version's own.")] = None,
     raw: Raw = False,
-    file: Annotated[Path | None, typer.Option(metavar="FILE", help="Questions in YAML or JSONL, averaged.")] = None,
+    file: Annotated[Path | None, typer.Option(metavar="FILE", help="Many, averaged: examples/questions.yaml.")] = None,
     version: Asked = None,
     component: Annotated[list[str] | None, typer.Option(metavar="NAME", help="mlp, attention, layer.")] = None,
     window: Annotated[int | None, typer.Option(metavar="N", help="Layers restored together; default 1.")] = None,
@@ -46,6 +46,8 @@ def trace(
     else:
         if prompt is None or constraint is None:
             raise UsageError("give a PROMPT and its --constraint, or questions by --file")
+        if (substitute is None) == (not other_image):
+            raise UsageError("give what corrupts the constraint: --substitute WORD or --other-image FILE, one of them")
         asked = Prompt(prompt, image or (), raw=raw)
         others = other_image or ()
         questions = [TracedQuestion(asked, constraint, substitute=substitute, other_images=others, answer=answer)]

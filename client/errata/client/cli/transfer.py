@@ -26,7 +26,13 @@ def export(
     """Write a version as a folder that PEFT, vLLM or transformers load."""
     seconds = max(session.settings.timeout or 0.0, _SECONDS)
     done = session.client.export(
-        version, folder, format=format, dtype=dtype, license=license, overwrite=overwrite, timeout=seconds
+        session.version(version),
+        folder,
+        format=format,
+        dtype=dtype,
+        license=license,
+        overwrite=overwrite,
+        timeout=seconds,
     )
     worst = max(done.rounding, key=lambda each: each.relative_error, default=None)
     told = [
