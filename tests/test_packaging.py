@@ -69,11 +69,10 @@ def test_the_wheel_holds_every_file_of_a_portion(portion: str, names: set[str]) 
 
 
 def test_the_wheel_holds_only_the_portions_and_its_metadata(names: set[str]) -> None:
-    outside = names - set().union(*map(portion_files, PORTIONS)) - {"errata/server/demo.py"}
+    outside = names - set().union(*map(portion_files, PORTIONS))
     migrations = {name for name in outside if name.startswith("errata/server/ledger/migrations/")}
     assert {name.split("/")[0] for name in outside - migrations} == {f"errata-{PROJECT['version']}.dist-info"}
     assert "errata/server/ledger/migrations/versions/0001_ledger.py" in migrations
-    assert "errata/server/demo.py" in names
 
 
 def test_errata_is_a_namespace_package(names: set[str]) -> None:

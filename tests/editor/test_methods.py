@@ -19,6 +19,7 @@ from errata.editor.errors import (
     IllConditionedError,
     InvalidInputError,
     LayerError,
+    NoCausalSiteError,
     NoOpEditError,
     WrongBaseError,
 )
@@ -267,6 +268,12 @@ def test_an_edit_on_an_empty_parent_is_an_edit_on_the_base(llama: EditableModel)
     alone = run(llama, Method.MULTEDIT, rome(llama)).delta
     child = edit(llama, [rome(llama)], settings_of(Method.MULTEDIT), parent=empty_delta(llama)).delta
     torch.testing.assert_close(child.layers[1].dense(), alone.layers[1].dense(), rtol=1e-4, atol=1e-5)
+
+
+def test_an_edit_that_would_install_nothing_is_refused(model: EditableModel) -> None:
+    still = replace(settings_of(Method.MULTEDIT), values=replace(GENEROUS, steps=0))
+    with pytest.raises(NoCausalSiteError, match="choose earlier layers"):
+        edit(model, [rome(model)], still)
 
 
 @pytest.mark.parametrize("method", [Method.MEMIT, Method.ALPHAEDIT])

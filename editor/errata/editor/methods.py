@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from errata.editor.delta import Delta, LowRank, applied, empty_delta
-from errata.editor.errors import ConflictingRequestsError, InvalidInputError, NoOpEditError
+from errata.editor.errors import ConflictingRequestsError, InvalidInputError, NoCausalSiteError, NoOpEditError
 from errata.editor.model import EditableModel, same_answer
 from errata.editor.requests import EditRequest, check_batch
 from errata.editor.solver import Identity, InverseCovariance, KeyMetric, NullSpace, solve_edit
@@ -121,7 +121,7 @@ def edit(
     as they install the new values; those of a subject or key that is edited again are left out. Every method but
     MultEdit needs `statistics` of the layers. Raises InvalidInputError and its kinds for requests that cannot be
     edited, NoOpEditError for one whose target is the present answer, ConflictingRequestsError for two with one key and
-    different targets, IllConditionedError, CancelledError.
+    different targets, NoCausalSiteError where no value moved, IllConditionedError, CancelledError.
     """
     check_batch(tuple(requests))
     _check_settings(model, settings, statistics)
@@ -155,6 +155,11 @@ def edit(
         else:
             kept = [r for r in earlier if not _subjects([r]) & _subjects(requests)]
             delta = _spread(model, requests, values, settings, statistics, delta, kept, found, solved=solved)
+    if not delta.layers:
+        raise NoCausalSiteError(
+            f"nothing was installed: at layer {settings.layers[-1]} no value at the constraint changes the answer; "
+            "choose earlier layers, or let a trace choose them"
+        )
     outcomes = tuple(
         RequestOutcome(name=r.name, target=r.target, before=b, value=v)
         for r, b, v in zip(requests, before, values, strict=True)

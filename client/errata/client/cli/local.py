@@ -75,14 +75,13 @@ def _require_server() -> None:
 
 
 def _demo_script() -> Path:
-    """Where the demo is: beside the server in a wheel, in examples/ of a checkout."""
+    """Where the demo is: in a checkout's examples/."""
     spec = find_spec("errata.server")
     assert spec is not None
     assert spec.origin is not None
-    package = Path(spec.origin).parent
-    for path in (package / "demo.py", package.parents[2] / "examples" / "demo.py"):
-        if path.is_file():
-            return path
+    script = Path(spec.origin).parents[3] / "examples" / "demo.py"
+    if script.is_file():
+        return script
     raise MissingExtraError("the demo is not part of this installation; run make demo in a checkout of errata")
 
 
