@@ -1,5 +1,6 @@
 """Loading checkpoint folders, and a small trained model from end to end."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -98,6 +99,21 @@ def test_a_pickled_checkpoint_is_refused_without_being_read(folder: Path) -> Non
     (folder / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'exit 1'\ntR.")
     with pytest.raises(UnsafeCheckpointError, match=r"pickled weights \(pytorch_model.bin\).*save_pretrained"):
         load_model(folder)
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
+def test_a_checkpoints_own_code_is_neither_run_nor_asked_about(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')\nclass C: pass\n")
+    maps = {"AutoConfig": "evil.C", "AutoTokenizer": ["evil.C", None]}
+    changed = json.loads((folder / file).read_text()) | {"auto_map": maps}
+    changed |= {"model_type": "zzz"} if file == "config.json" else {"tokenizer_class": "Zzz"}
+    (folder / file).write_text(json.dumps(changed))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ModelError):
+        load_model(folder)
+    assert not (folder / "ran").exists()
 
 
 def test_safetensors_are_taken_where_pickled_weights_lie_beside_them(folder: Path) -> None:

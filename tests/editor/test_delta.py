@@ -268,7 +268,23 @@ def _edit_tensor(folder: Path) -> None:
     save_file(tensors, path)
 
 
+def _edit_config(folder: Path, **changes: object) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def _add_tensor(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(iter(tensors))
+    save_file({**tensors, name.replace("layers.1", "layers.3"): tensors[name].clone()}, path)
+
+
 TAMPERINGS = {
+    "the scale": lambda f: _edit_config(f, lora_alpha=300),
+    "what it goes on": lambda f: _edit_config(f, target_modules=["model.layers.2.mlp.down_proj"]),
+    "no configuration": lambda f: (f / "adapter_config.json").unlink(),
+    "one more tensor": _add_tensor,
     "a factor": _edit_tensor,
     "the base": lambda f: _edit_manifest(f, base_sha256="0" * 64),
     "the hash": lambda f: _edit_manifest(f, delta_sha256="0" * 64),

@@ -4,6 +4,7 @@ An untrained model attends to nothing in particular, so what stands in the middl
 the constraints here end their prompts.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 
@@ -21,6 +22,7 @@ from errata.editor.errors import (
     LayerError,
     NoCausalSiteError,
     NoOpEditError,
+    TargetError,
     WrongBaseError,
 )
 from errata.editor.methods import EditResult, EditSettings, Keys, Method, Stage, edit
@@ -350,3 +352,25 @@ def test_each_layer_that_is_solved_is_a_step_and_rome_solves_each_request(
     two = [rome(llama), paris(llama)]
     edit(llama, two, settings_of(method, layers=(0, 1)), statistics_of(llama), progress=lambda *t: told.append(t))
     assert [t[1:] for t in told if t[0] is Stage.SOLVE] == [(n, solves) for n in range(solves + 1)]
+
+
+@pytest.mark.parametrize("target", ["<image>", "a <image> b"])
+def test_a_target_with_an_image_in_it_is_refused(llava: EditableModel, target: str) -> None:
+    with pytest.raises(TargetError, match="cannot be written"):
+        run(llava, Method.MULTEDIT, rome(llava, target=target))
+
+
+@pytest.mark.parametrize(
+    ("settings", "field"),
+    [
+        (lambda: EditSettings(layers=(1,), ridge=-1.0), "ridge"),
+        (lambda: EditSettings(layers=(1,), preservation=float("nan")), "preservation"),
+        (lambda: ValueSettings(learning_rate=0.0), "learning_rate"),
+        (lambda: ValueSettings(max_rows=0), "max_rows"),
+        (lambda: ValueSettings(clamp=-1.0), "clamp"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings: Callable[[], object], field: str) -> None:
+    with pytest.raises(InvalidInputError, match="; give") as caught:
+        settings()
+    assert caught.value.field == field

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from errata.editor.delta import Delta, LowRank, applied, borrowed_weights
-from errata.editor.errors import CancelledError, InvalidInputError, WrongBaseError
+from errata.editor.errors import CancelledError, InvalidInputError, WrongBaseError, check_numbers
 from errata.editor.model import EditableModel, Encoded, by_length
 from errata.editor.requests import Context, EditRequest, check_batch
 from errata.editor.trace import Progress
@@ -52,8 +52,8 @@ class DescentSettings:
     max_rows: int = 64
 
     def __post_init__(self) -> None:
-        if self.folds < 1:
-            raise InvalidInputError(f"folds is {self.folds}; give at least 1", field="folds")
+        at_least = {"steps": 0, "folds": 1, "max_rows": 1, "preserve_weight": 0.0, "stop_loss": 0.0}
+        check_numbers(self, at_least=at_least, above={"learning_rate": 0.0})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

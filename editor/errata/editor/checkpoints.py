@@ -50,7 +50,7 @@ def load_model(
     if Path(path).is_absolute() and not Path(path).is_dir():
         raise ModelError(f"there is no folder {path!r}; give a folder saved by `save_pretrained`, or a hub name")
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ModelError(f"no model can be read at {path!r}: {error}") from error
     architecture = (config.architectures or [config.model_type])[0]
@@ -133,7 +133,9 @@ def _weight_files(path: str) -> list[Path]:
 
 def _processor(path: str, *, multimodal: bool) -> ProcessorMixin | PreTrainedTokenizerBase:
     try:
-        return AutoProcessor.from_pretrained(path) if multimodal else AutoTokenizer.from_pretrained(path)
+        # Never asked for on the terminal either: what lies beside the weights could run code.
+        reader = AutoProcessor if multimodal else AutoTokenizer
+        return reader.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError) as error:
         what = "processor" if multimodal else "tokenizer"
         raise ModelError(f"{path!r} holds weights but no readable {what}: {error}") from error

@@ -26,6 +26,11 @@ from errata.editor.model import EditableModel
 _MANIFEST, _CONFIG, _WEIGHTS = "errata.json", "adapter_config.json", "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _FORMAT = 1
+_MEANING = (
+    "r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "use_rslora", "use_dora",
+    "bias", "modules_to_save",
+)  # fmt: skip
+"""What of PEFT's configuration says which ΔW the factors make."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,9 +148,20 @@ class Delta:
         if not self.layers:
             raise DeltaError("an empty delta has nothing to store; it is its base")
         folder.mkdir(parents=True, exist_ok=True)
+        self._config().save_pretrained(str(folder))
+        save_file(self._tensors(), folder / _WEIGHTS, {"format": "pt"})
+        manifest = {
+            "format": _FORMAT,
+            "base_sha256": self.base_sha256,
+            "delta_sha256": self.sha256,
+            "layers": {str(i): m for i, m in self.modules.items()},
+        }
+        (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+    def _config(self) -> LoraConfig:
         top = max(self.ranks.values())
         by_module = {self.modules[i]: r for i, r in self.ranks.items() if r != top}
-        config = LoraConfig(
+        return LoraConfig(
             r=top,
             lora_alpha=top,
             target_modules=[self.modules[i] for i in self.layers],
@@ -155,15 +171,12 @@ class Delta:
             task_type="CAUSAL_LM",
             inference_mode=True,
         )
-        config.save_pretrained(str(folder))
-        save_file(self._tensors(), folder / _WEIGHTS, {"format": "pt"})
-        manifest = {
-            "format": _FORMAT,
-            "base_sha256": self.base_sha256,
-            "delta_sha256": self.sha256,
-            "layers": {str(i): m for i, m in self.modules.items()},
-        }
-        (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+    def _says_the_same(self, config: Mapping[str, object]) -> bool:
+        """Whether PEFT would make the same ΔW of the factors by the stored configuration."""
+        own = self._config().to_dict()
+        stored = {**config, "target_modules": set(map(str, config["target_modules"]))}  # type: ignore[call-overload]
+        return all(stored.get(name) == own[name] for name in _MEANING)
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
@@ -182,7 +195,7 @@ def load_delta(folder: Path, model: EditableModel | None = None) -> Delta:
     """Reads an adapter folder that `Delta.save` wrote.
 
     Raises CorruptDeltaError for a folder that is incomplete, unreadable or altered, and WrongBaseError where
-    `model` is not the base that it was made for.
+    `model` is not the base that it was made for, or DeltaError where the factors do not fit it.
     """
     try:
         manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
@@ -196,12 +209,17 @@ def load_delta(folder: Path, model: EditableModel | None = None) -> Delta:
         }
         delta = Delta(base_sha256=str(manifest["base_sha256"]), layers=layers, modules=modules)
         stored = manifest["delta_sha256"]
+        if set(tensors) != set(delta._tensors()):
+            raise ValueError(f"{_WEIGHTS} holds other tensors than {_MANIFEST} names")
+        if not delta._says_the_same(json.loads((folder / _CONFIG).read_text(encoding="utf-8"))):
+            raise ValueError(f"{_CONFIG} gives the factors another meaning than they were saved with")
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError, SafetensorError) as error:
         raise CorruptDeltaError(f"{folder} is no readable adapter of Errata: {error}; save it again") from error
     if delta.sha256 != stored:
         raise CorruptDeltaError(f"{folder} was altered after it was saved: its hash no longer matches {_MANIFEST}")
     if model is not None:
         check_base(delta, model)
+        check_fit(delta, model)
     return delta
 
 

@@ -25,6 +25,8 @@ Each class has one `reason`, in UPPER_SNAKE, that stays the same across releases
 and clients back to the class.
 """
 
+import math
+from collections.abc import Mapping
 from typing import ClassVar
 
 
@@ -158,3 +160,14 @@ class CancelledError(ErrataError):
     """The caller asked to stop; nothing was changed."""
 
     reason = "CANCELLED"
+
+
+def check_numbers(settings: object, *, at_least: Mapping[str, float], above: Mapping[str, float]) -> None:
+    """Raises InvalidInputError unless each named setting is a finite number within its bound; None passes."""
+    for bounds, inclusive in ((at_least, True), (above, False)):
+        for name, bound in bounds.items():
+            value = getattr(settings, name)
+            if value is None or (math.isfinite(value) and (value > bound or (inclusive and value == bound))):
+                continue
+            word = "at least" if inclusive else "more than"
+            raise InvalidInputError(f"{name} is {value}; give {word} {bound:g}", field=name)

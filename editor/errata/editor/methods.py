@@ -15,7 +15,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from errata.editor.delta import Delta, LowRank, applied, empty_delta
-from errata.editor.errors import ConflictingRequestsError, InvalidInputError, NoCausalSiteError, NoOpEditError
+from errata.editor.errors import (
+    ConflictingRequestsError,
+    InvalidInputError,
+    NoCausalSiteError,
+    NoOpEditError,
+    check_numbers,
+)
 from errata.editor.model import EditableModel, same_answer
 from errata.editor.requests import EditRequest, check_batch
 from errata.editor.solver import Identity, InverseCovariance, KeyMetric, NullSpace, solve_edit
@@ -70,6 +76,9 @@ class EditSettings:
     ridge: float | None = None
     preservation: float = 150.0
     null_energy: float = 0.02
+
+    def __post_init__(self) -> None:
+        check_numbers(self, at_least={"ridge": 0.0}, above={"preservation": 0.0, "null_energy": 0.0})
 
 
 RIDGES = {Method.MULTEDIT: 0.01, Method.ROME: 0.0, Method.MEMIT: 0.0, Method.EMMET: 0.0, Method.ALPHAEDIT: 0.01}

@@ -297,8 +297,7 @@ class EditableModel:
         else:
             # The tokenizer merges across the border; the prompt keeps its own tokens.
             ids = self.tokenizer(joined[len(text) :], add_special_tokens=False)["input_ids"]
-        unknown = self.tokenizer.unk_token_id
-        if not ids or (unknown is not None and unknown in ids):
+        if not ids or not {*self.tokenizer.all_special_ids, self.image_token_id}.isdisjoint(ids):
             raise TargetError(f"the target {answer!r} cannot be written in this model's tokens", field="target")
         if chat and getattr(self.processor, "chat_template", None):
             ids = [*ids, self.end_token_id]

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from errata.editor.errors import CancelledError
+from errata.editor.errors import CancelledError, check_numbers
 from errata.editor.model import EditableModel, Encoded, same_answer
 from errata.editor.requests import EditRequest
 from errata.editor.states import Component, Recording, Suffix, record
@@ -47,6 +47,10 @@ class ValueSettings:
     stop_loss: float = 0.02
     most_contexts: int = 12
     max_rows: int = 128
+
+    def __post_init__(self) -> None:
+        at_least = {"steps": 0, "most_contexts": 1, "max_rows": 1, "decay": 0.0, "kl_weight": 0.0, "stop_loss": 0.0}
+        check_numbers(self, at_least=at_least, above={"learning_rate": 0.0, "clamp": 0.0})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
