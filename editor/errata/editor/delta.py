@@ -174,9 +174,9 @@ class Delta:
 
     def _says_the_same(self, config: Mapping[str, object]) -> bool:
         """Whether PEFT would make the same ΔW of the factors by the stored configuration."""
-        own = self._config().to_dict()
+        own = self._config()
         stored = {**config, "target_modules": set(map(str, config["target_modules"]))}  # type: ignore[call-overload]
-        return all(stored.get(name) == own[name] for name in _MEANING)
+        return all(stored.get(name) == getattr(own, name) for name in _MEANING)
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
