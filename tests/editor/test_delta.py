@@ -283,7 +283,6 @@ def _add_tensor(folder: Path) -> None:
 TAMPERINGS = {
     "the scale": lambda f: _edit_config(f, lora_alpha=300),
     "what it goes on": lambda f: _edit_config(f, target_modules=["model.layers.2.mlp.down_proj"]),
-    "no configuration": lambda f: (f / "adapter_config.json").unlink(),
     "one more tensor": _add_tensor,
     "a factor": _edit_tensor,
     "the base": lambda f: _edit_manifest(f, base_sha256="0" * 64),

@@ -211,7 +211,9 @@ def load_delta(folder: Path, model: EditableModel | None = None) -> Delta:
         stored = manifest["delta_sha256"]
         if set(tensors) != set(delta._tensors()):
             raise ValueError(f"{_WEIGHTS} holds other tensors than {_MANIFEST} names")
-        if not delta._says_the_same(json.loads((folder / _CONFIG).read_text(encoding="utf-8"))):
+        # An upload may come without PEFT's configuration: Errata's own manifest says all that it needs.
+        config = folder / _CONFIG
+        if config.exists() and not delta._says_the_same(json.loads(config.read_text(encoding="utf-8"))):
             raise ValueError(f"{_CONFIG} gives the factors another meaning than they were saved with")
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError, SafetensorError) as error:
         raise CorruptDeltaError(f"{folder} is no readable adapter of Errata: {error}; save it again") from error
