@@ -14,7 +14,8 @@ class ModelFamily:
     `architectures` are class names, as `config.architectures` spells them. `decoder` is the text decoder without its
     head, which takes `input_ids` and `position_ids`; `layers` and `final_norm` lie in it. `attention`, `mlp` and
     `down_projection` lie in a layer: the outputs of the first two join the residual stream, the down-projection is
-    the MLP's last linear map, whose input is the key and whose output is the value. `image_token` is the attribute
+    the MLP's last linear map, whose input is the key and whose output is the value. `attention_output` lies in a layer,
+    too: the map W_O from the heads' joined outputs to the residual stream. `image_token` is the attribute
     of the config that holds the id of one image token; None for text-only families.
     """
 
@@ -23,6 +24,7 @@ class ModelFamily:
     layers: str
     final_norm: str
     attention: str
+    attention_output: str
     mlp: str
     down_projection: str
     image_token: str | None = None

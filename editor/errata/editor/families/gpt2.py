@@ -4,7 +4,7 @@ GPT2LMHeadModel
 ├── transformer
 │   ├── wte, wpe
 │   ├── h[i]
-│   │   ├── attn
+│   │   ├── attn (c_attn, c_proj)
 │   │   └── mlp (c_fc, c_proj)
 │   └── ln_f
 └── lm_head
@@ -18,6 +18,7 @@ GPT2 = ModelFamily(
     layers="h",
     final_norm="ln_f",
     attention="attn",
+    attention_output="attn.c_proj",
     mlp="mlp",
     down_projection="mlp.c_proj",
 )

@@ -4,7 +4,7 @@ LlamaForCausalLM
 ├── model
 │   ├── embed_tokens
 │   ├── layers[i]
-│   │   ├── self_attn
+│   │   ├── self_attn (q_proj, k_proj, v_proj, o_proj)
 │   │   └── mlp (gate_proj, up_proj, down_proj)
 │   └── norm
 └── lm_head
@@ -18,6 +18,7 @@ LLAMA = ModelFamily(
     layers="layers",
     final_norm="norm",
     attention="self_attn",
+    attention_output="self_attn.o_proj",
     mlp="mlp",
     down_projection="mlp.down_proj",
 )
