@@ -13,9 +13,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tiny import question, random_delta, tiny_model
 
-from errata.editor.adapters import UnsupportedAdapterError, read_adapter
+from errata.editor.adapters import read_adapter
 from errata.editor.delta import applied
-from errata.editor.errors import CorruptDeltaError, DeltaError, WrongBaseError
+from errata.editor.errors import CorruptDeltaError, DeltaError, UnsupportedAdapterError, WrongBaseError
 from errata.editor.model import EditableModel
 
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -4,6 +4,7 @@
     ├── InvalidInputError            INVALID_ARGUMENT: what the caller gave cannot be used; `field` names it
     │   ├── ConstraintNotFoundError, PromptError, TargetError, NoOpEditError, ImageError, LayerError
     │   ├── ConflictingRequestsError     one key, two targets
+    │   ├── RankTooLargeError            more than a serving engine takes
     │   ├── MalformedError               a request that breaks the API's own limits
     │   ├── PageTokenError               malformed, expired or another list's page token
     │   └── MessageTooLargeError         more bytes in one message than the client or the server takes
@@ -12,7 +13,7 @@
     ├── EtagMismatchError            ABORTED: the alias has moved since it was seen
     ├── PreconditionError            FAILED_PRECONDITION: not as things stand
     │   ├── ModelError                   UnknownFamilyError, UnsafeCheckpointError, NonFiniteWeightsError
-    │   ├── DeltaError                   WrongBaseError, CorruptDeltaError
+    │   ├── DeltaError                   WrongBaseError, CorruptDeltaError, UnsupportedAdapterError
     │   ├── CorruptionFailedError, NoCausalSiteError, IllConditionedError
     │   ├── RejectedVersionError, VersionInUseError, NothingToRollBackError
     │   ├── EditsConflictError           edits that are to be composed speak against each other
@@ -133,6 +134,12 @@ class ConflictingRequestsError(InvalidInputError):
     default_reason = "CONFLICTING_REQUESTS"
 
 
+class RankTooLargeError(InvalidInputError):
+    """The version's rank is above all that serving engines take; export it merged, or as a plain adapter."""
+
+    default_reason = "RANK_TOO_LARGE"
+
+
 class MalformedError(InvalidInputError):
     """The request breaks one of the API's limits."""
 
@@ -215,6 +222,12 @@ class CorruptDeltaError(DeltaError):
     """The adapter folder cannot be read or was altered."""
 
     default_reason = "CORRUPT_DELTA"
+
+
+class UnsupportedAdapterError(DeltaError):
+    """The adapter does more than add a low-rank change to down-projections."""
+
+    default_reason = "UNSUPPORTED_ADAPTER"
 
 
 class CorruptionFailedError(PreconditionError):

@@ -17,11 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from errata.editor.delta import Delta, LowRank, check_base, check_fit, load_delta
-from errata.editor.errors import CorruptDeltaError, DeltaError, WrongBaseError
+from errata.editor.delta import CONFIG, MANIFEST, WEIGHTS, Delta, LowRank, check_base, check_fit, load_delta
+from errata.editor.errors import CorruptDeltaError, DeltaError, UnsupportedAdapterError, WrongBaseError
 from errata.editor.model import EditableModel
-
-_MANIFEST, _CONFIG, _WEIGHTS = "errata.json", "adapter_config.json", "adapter_model.safetensors"
 
 _USED = {"peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "init_lora_weights", "bias"}
 _HARMLESS = {
@@ -41,16 +39,6 @@ _TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 _Json: TypeAlias = "Mapping[str, _Json] | list[_Json] | str | int | float | bool | None"
 
 
-class UnsupportedAdapterError(DeltaError):
-    """The adapter does more than add a low-rank ΔW to down-projections. `setting` is what says so."""
-
-    reason = "UNSUPPORTED_ADAPTER"
-
-    def __init__(self, message: str, *, setting: str) -> None:
-        super().__init__(f"{setting}: {message}")
-        self.setting = setting
-
-
 def read_adapter(folder: Path, model: EditableModel, *, base_sha256: str = "") -> Delta:
     """The delta that a PEFT adapter folder holds, in float32, its scale multiplied into `b`.
 
@@ -60,7 +48,7 @@ def read_adapter(folder: Path, model: EditableModel, *, base_sha256: str = "") -
     Raises UnsupportedAdapterError for one that is no such delta, WrongBaseError for one of another base, DeltaError
     where no base is known or the tensors do not fit the model, CorruptDeltaError for what cannot be read.
     """
-    if (folder / _MANIFEST).is_file():
+    if (folder / MANIFEST).is_file():
         delta = load_delta(folder, model)
         if base_sha256 and base_sha256 != delta.base_sha256:
             raise WrongBaseError(f"the adapter names the base {delta.base_sha256[:12]}…, not {base_sha256[:12]}…")
@@ -71,7 +59,7 @@ def read_adapter(folder: Path, model: EditableModel, *, base_sha256: str = "") -
         modules = {i: model.down_projection_name(i) for i in lows}
         delta = Delta(base_sha256=base_sha256, layers=lows, modules=modules)
         check_base(delta, model)
-    check_fit(delta, model)
+        check_fit(delta, model)
     return delta
 
 
@@ -89,17 +77,17 @@ class _Scaling:
         """Raises CorruptDeltaError where the tensors have another rank than the settings say."""
         said = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module), self.rank)
         if said != rank:
-            raise CorruptDeltaError(f"{module} has rank {rank}, and {_CONFIG} says {said}; fetch the adapter again")
+            raise CorruptDeltaError(f"{module} has rank {rank}, and {CONFIG} says {said}; fetch the adapter again")
         alpha = self.alpha_pattern.get(get_pattern_key(list(self.alpha_pattern), module), self.alpha)
         return alpha / (math.sqrt(rank) if self.stabilized else rank)
 
 
 def _layers(folder: Path, model: EditableModel) -> dict[int, LowRank]:
-    if not (folder / _WEIGHTS).is_file() and (folder / "adapter_model.bin").is_file():
-        raise UnsupportedAdapterError("pickled weights can run code; store them as safetensors", setting=_WEIGHTS)
+    if not (folder / WEIGHTS).is_file() and (folder / "adapter_model.bin").is_file():
+        raise UnsupportedAdapterError("pickled weights can run code; store them as safetensors", setting=WEIGHTS)
     try:
-        scaling = _scaling(json.loads((folder / _CONFIG).read_text(encoding="utf-8")))
-        tensors = load_file(folder / _WEIGHTS)
+        scaling = _scaling(json.loads((folder / CONFIG).read_text(encoding="utf-8")))
+        tensors = load_file(folder / WEIGHTS)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError) as error:
         raise CorruptDeltaError(f"{folder} is no readable PEFT adapter: {error}; fetch it again") from error
     found: dict[int, LowRank] = {}
@@ -171,7 +159,7 @@ def _pairs(tensors: Mapping[str, Tensor], model: EditableModel) -> dict[int, tup
     for name in tensors:
         matched = _TENSOR.fullmatch(name)
         if matched is None:
-            raise UnsupportedAdapterError(f"the tensor {name!r} is no factor of a LoRA", setting=_WEIGHTS)
+            raise UnsupportedAdapterError(f"the tensor {name!r} is no factor of a LoRA", setting=WEIGHTS)
         module = matched[1]
         if module not in layers:
             raise UnsupportedAdapterError(

@@ -57,7 +57,7 @@ def load_model(
     family = next((f for f in FAMILIES if architecture in f.architectures), None)
     if family is None:
         raise unknown(architecture)
-    weights = _weight_files(path)
+    weights = weight_files(path)
     base_sha256 = hash_files(weights)
     cls: Any = getattr(transformers, architecture)
     try:
@@ -107,7 +107,9 @@ def _add(digest: "hashlib._Hash", name: str, tensor: Tensor) -> None:
     digest.update(raw.numpy().data)
 
 
-def _weight_files(path: str) -> list[Path]:
+def weight_files(path: str) -> list[Path]:
+    """The safetensors files of a checkpoint. Raises UnsafeCheckpointError for pickled ones, ModelError for none."""
+
     def find(name: str) -> str | None:
         try:
             return cached_file(path, name, _raise_exceptions_for_missing_entries=False)

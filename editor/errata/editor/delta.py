@@ -23,7 +23,8 @@ from errata.editor.checkpoints import hash_tensors
 from errata.editor.errors import CorruptDeltaError, DeltaError, WrongBaseError
 from errata.editor.model import EditableModel
 
-_MANIFEST, _CONFIG, _WEIGHTS = "errata.json", "adapter_config.json", "adapter_model.safetensors"
+MANIFEST, CONFIG, WEIGHTS = "errata.json", "adapter_config.json", "adapter_model.safetensors"
+"""The files of an adapter's folder: Errata's own, and the two that PEFT reads."""
 _PREFIX = "base_model.model."
 _FORMAT = 1
 _MEANING = (
@@ -149,14 +150,14 @@ class Delta:
             raise DeltaError("an empty delta has nothing to store; it is its base")
         folder.mkdir(parents=True, exist_ok=True)
         self._config().save_pretrained(str(folder))
-        save_file(self._tensors(), folder / _WEIGHTS, {"format": "pt"})
+        save_file(self._tensors(), folder / WEIGHTS, {"format": "pt"})
         manifest = {
             "format": _FORMAT,
             "base_sha256": self.base_sha256,
             "delta_sha256": self.sha256,
             "layers": {str(i): m for i, m in self.modules.items()},
         }
-        (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
     def _config(self) -> LoraConfig:
         top = max(self.ranks.values())
@@ -198,10 +199,10 @@ def load_delta(folder: Path, model: EditableModel | None = None) -> Delta:
     `model` is not the base that it was made for, or DeltaError where the factors do not fit it.
     """
     try:
-        manifest = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if manifest["format"] != _FORMAT:
-            raise ValueError(f"{_MANIFEST} is of format {manifest['format']}, this Errata reads {_FORMAT}")
-        tensors = load_file(folder / _WEIGHTS)
+            raise ValueError(f"{MANIFEST} is of format {manifest['format']}, this Errata reads {_FORMAT}")
+        tensors = load_file(folder / WEIGHTS)
         modules = {int(i): str(m) for i, m in manifest["layers"].items()}
         layers = {
             i: LowRank(a=tensors[f"{_PREFIX}{m}.lora_A.weight"], b=tensors[f"{_PREFIX}{m}.lora_B.weight"])
@@ -210,15 +211,15 @@ def load_delta(folder: Path, model: EditableModel | None = None) -> Delta:
         delta = Delta(base_sha256=str(manifest["base_sha256"]), layers=layers, modules=modules)
         stored = manifest["delta_sha256"]
         if set(tensors) != set(delta._tensors()):
-            raise ValueError(f"{_WEIGHTS} holds other tensors than {_MANIFEST} names")
+            raise ValueError(f"{WEIGHTS} holds other tensors than {MANIFEST} names")
         # An upload may come without PEFT's configuration: Errata's own manifest says all that it needs.
-        config = folder / _CONFIG
+        config = folder / CONFIG
         if config.exists() and not delta._says_the_same(json.loads(config.read_text(encoding="utf-8"))):
-            raise ValueError(f"{_CONFIG} gives the factors another meaning than they were saved with")
+            raise ValueError(f"{CONFIG} gives the factors another meaning than they were saved with")
     except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError, SafetensorError) as error:
         raise CorruptDeltaError(f"{folder} is no readable adapter of Errata: {error}; save it again") from error
     if delta.sha256 != stored:
-        raise CorruptDeltaError(f"{folder} was altered after it was saved: its hash no longer matches {_MANIFEST}")
+        raise CorruptDeltaError(f"{folder} was altered after it was saved: its hash no longer matches {MANIFEST}")
     if model is not None:
         check_base(delta, model)
         check_fit(delta, model)

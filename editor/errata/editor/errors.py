@@ -8,14 +8,16 @@
     │   ├── NoOpEditError                the model already answers the target
     │   ├── ImageError                   unreadable, truncated or oversized image
     │   ├── LayerError                   no such layer
-    │   └── ConflictingRequestsError     one key, two targets
+    │   ├── ConflictingRequestsError     one key, two targets
+    │   └── RankTooLargeError            more than a serving engine takes
     ├── ModelError                   the checkpoint cannot be used
     │   ├── UnknownFamilyError           no adapter for this architecture
     │   ├── UnsafeCheckpointError        weights that are not safetensors
     │   └── NonFiniteWeightsError        NaN or infinity in the weights
     ├── DeltaError                   the delta cannot be used
     │   ├── WrongBaseError               made for another base model
-    │   └── CorruptDeltaError            unreadable or altered adapter folder
+    │   ├── CorruptDeltaError            unreadable or altered adapter folder
+    │   └── UnsupportedAdapterError      an adapter that does more than a delta can
     ├── CorruptionFailedError        the causal trace's corruption does not corrupt
     ├── NoCausalSiteError            nothing at the constraint carries the fact
     ├── IllConditionedError          the closed form has no reliable solution
@@ -96,6 +98,12 @@ class ConflictingRequestsError(InvalidInputError):
     reason = "CONFLICTING_REQUESTS"
 
 
+class RankTooLargeError(InvalidInputError):
+    """The version's rank is above all that vLLM takes."""
+
+    reason = "RANK_TOO_LARGE"
+
+
 class ModelError(ErrataError):
     """The checkpoint cannot be used."""
 
@@ -136,6 +144,16 @@ class CorruptDeltaError(DeltaError):
     """The adapter folder cannot be read or was altered."""
 
     reason = "CORRUPT_DELTA"
+
+
+class UnsupportedAdapterError(DeltaError):
+    """The adapter does more than add a low-rank ΔW to down-projections. `setting` is what says so."""
+
+    reason = "UNSUPPORTED_ADAPTER"
+
+    def __init__(self, message: str, *, setting: str) -> None:
+        super().__init__(f"{setting}: {message}")
+        self.setting = setting
 
 
 class CorruptionFailedError(ErrataError):

@@ -20,15 +20,15 @@ import torch
 from torch.nn import functional as F
 
 from errata.editor.card import Card, ExportedForm, license_of, render_card
-from errata.editor.delta import Delta, LowRank, check_base
-from errata.editor.errors import InvalidInputError
+from errata.editor.delta import MANIFEST, Delta, LowRank, check_base
+from errata.editor.errors import InvalidInputError, RankTooLargeError
 from errata.editor.merging import Rounding, base_folder, merge_checkpoint
 from errata.editor.model import EditableModel
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as `--max-lora-rank`."""
 
-MANIFEST, CARD = "errata.json", "README.md"
+CARD = "README.md"
 
 
 class ExportFormat(StrEnum):
@@ -37,12 +37,6 @@ class ExportFormat(StrEnum):
     ADAPTER = "adapter"
     UNIFORM_ADAPTER = "uniform_adapter"
     MERGED = "merged"
-
-
-class RankTooLargeError(InvalidInputError):
-    """The version's rank is above all that vLLM takes."""
-
-    reason = "RANK_TOO_LARGE"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,8 +132,8 @@ def uniform(delta: Delta) -> Delta:
     rank = next((r for r in RANKS if r >= needed), None)
     if rank is None:
         raise RankTooLargeError(
-            f"the version has rank {needed}, and vLLM takes at most {RANKS[-1]}; squash it, compress it with a higher "
-            "tolerance, or export it merged",
+            f"the version has rank {needed}, and vLLM takes at most {RANKS[-1]}; export it merged, or as a "
+            "plain adapter",
             field="format",
         )
     return replace(least, layers={i: _padded(low, rank - low.rank) for i, low in least.layers.items()})

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file
 
-from errata.editor.checkpoints import ATLAS, atlas_folder, hash_files
+from errata.editor.checkpoints import ATLAS, atlas_folder, hash_files, weight_files
 from errata.editor.delta import Delta, LowRank, empty_delta, weight_of
 from errata.editor.errors import CancelledError, InvalidInputError, ModelError
 from errata.editor.model import EditableModel
@@ -61,7 +61,7 @@ def merge_checkpoint(
     base = base_folder(model)
     if base is None:
         raise ModelError(f"the checkpoint of {model.name!r} is not on this disk; load it from a folder")
-    files = _weight_files(base)
+    files = weight_files(str(base))
     if hash_files(files) != model.base_sha256:
         raise ModelError(f"the checkpoint at {model.name!r} is no longer the one that was loaded; load it again")
     change = reduce(add, deltas, empty_delta(model))
@@ -130,16 +130,6 @@ def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
             f"{name} holds values that {stored.dtype} cannot; export in bfloat16 or float32", field="dtype"
         )
     return stored
-
-
-def _weight_files(base: Path) -> list[Path]:
-    if (base / _WEIGHTS).is_file():
-        return [base / _WEIGHTS]
-    try:
-        index = json.loads((base / _INDEX).read_text(encoding="utf-8"))
-        return [base / name for name in sorted(set(index["weight_map"].values()))]
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"the checkpoint at {str(base)!r} cannot be read any more: {error}") from error
 
 
 def _stored_names(model: EditableModel, files: Sequence[Path], layers: Iterable[int]) -> dict[str, int]:

@@ -97,6 +97,11 @@ class EditableModel:
         return self.model.device
 
     @property
+    def context_length(self) -> int | None:
+        """Tokens of a prompt, its images' and its answer's together; None where the config knows no limit."""
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
     def image_token_id(self) -> int | None:
         """The id of an image token; None for a text-only model."""
         return self.family.image_token_id(self.model)
@@ -123,7 +128,8 @@ class EditableModel:
         """The prompt as the model is given it, with `answer` after it where one is given.
 
         Chat models: the template is put around the text, and an answer ends with the end-of-sequence token.
-        Raises PromptError for images a model cannot take and TargetError for an answer without tokens.
+        Raises PromptError for images a model cannot take and for more tokens than its context holds, and TargetError
+        for an answer without tokens.
         """
         text, after = self._rendered(prompt)
         special = not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))
@@ -144,6 +150,7 @@ class EditableModel:
             )
         spans = self._spans(prompt.text, text, after, each, tokens["offset_mapping"])
         ending = self._answer_ids(text, answer, special, prompt.chat) if answer is not None else ids[:0]
+        self._check_length(len(ids), len(ending))
         return Encoded(
             ids=torch.cat([ids, ending]),
             prompt_length=len(ids),
@@ -166,7 +173,8 @@ class EditableModel:
         return self.encode(prompt).positions(start, end)
 
     def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int = 16, batch_size: int = 64) -> list[Answer]:
-        """Greedy answers, each stopping by itself at the end-of-sequence token or at `max_new_tokens`.
+        """Greedy answers, each stopping by itself at the end-of-sequence token, at `max_new_tokens` or where the
+        model's context ends.
 
         Prompts of one length share a batch, so that no row is padded and none depends on its neighbours.
         """
@@ -181,11 +189,12 @@ class EditableModel:
     def _generate(self, batch: Sequence[Encoded], max_new_tokens: int) -> list[Answer]:
         inputs = self.inputs(batch)
         length = inputs["input_ids"].shape[1]
+        room = max_new_tokens if self.context_length is None else self.context_length - length
         with torch.inference_mode():
             out = cast(Any, self.model).generate(
                 **inputs,
                 attention_mask=torch.ones_like(inputs["input_ids"]),
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=min(max_new_tokens, room),
                 pad_token_id=max(self.end_token_id, 0),
                 **_GREEDY,
             )
@@ -213,6 +222,22 @@ class EditableModel:
         ids = torch.stack([e.ids for e in batch])
         cast = {k: v.to(self.model.dtype) if v.is_floating_point() else v for k, v in vision.items()}
         return {k: v.to(self.device) for k, v in {"input_ids": ids, **cast}.items()}
+
+    def _check_length(self, prompt: int, answer: int) -> None:
+        """Raises PromptError where so many tokens of prompt and answer, or of the prompt and one more, do not fit."""
+        holds = self.context_length
+        if holds is not None and prompt >= holds:
+            raise PromptError(
+                f"the prompt has {prompt} tokens, those of images included; the context of {self.name!r} holds {holds} "
+                "with the answer; shorten it",
+                field="prompt.text",
+            )
+        if holds is not None and prompt + answer > holds:
+            raise PromptError(
+                f"the answer has {answer} tokens and the prompt {prompt}, those of images included; the context of "
+                f"{self.name!r} holds {holds}; shorten them",
+                field="target",
+            )
 
     def _rendered(self, prompt: Prompt) -> tuple[str, int]:
         """The prompt in its template with one placeholder an image, and the characters that follow its own text."""
