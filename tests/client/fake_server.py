@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 import grpc
 from fake_history import FakeHistory
+from fake_measurements import FakeMeasurements
 from google.protobuf import any_pb2, duration_pb2
 from google.protobuf.message import Message
 from google.rpc import code_pb2, error_details_pb2, status_pb2  # type: ignore[import-untyped]
@@ -34,6 +35,7 @@ from errata.v1 import (
     history_pb2_grpc,
     inference_pb2,
     inference_pb2_grpc,
+    measurement_pb2_grpc,
     model_pb2,
     model_pb2_grpc,
     trace_pb2,
@@ -115,6 +117,7 @@ class Fake(
     inference_pb2_grpc.InferenceServiceServicer,
     export_pb2_grpc.ExportServiceServicer,
     FakeHistory,
+    FakeMeasurements,
 ):
     """Two models, one of which knows an old capital."""
 
@@ -497,6 +500,7 @@ class Fake(
                 generated_tokens=len(tokens),
             ),
             log_probability=-0.5,
+            risk=0.39,
         )
         if request.sampling.temperature > 0:
             answer.seed = request.sampling.seed if request.sampling.HasField("seed") else 7
@@ -634,6 +638,7 @@ def serving(
         inference_pb2_grpc.add_InferenceServiceServicer_to_server(fake, server)
         export_pb2_grpc.add_ExportServiceServicer_to_server(fake, server)
         history_pb2_grpc.add_HistoryServiceServicer_to_server(fake, server)
+        measurement_pb2_grpc.add_MeasurementServiceServicer_to_server(fake, server)
         port = server.add_secure_port(address, credentials) if credentials else server.add_insecure_port(address)
         server.start()
         try:

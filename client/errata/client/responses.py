@@ -78,7 +78,7 @@ def trace(said: trace_pb2.CausalTrace) -> results.CausalTrace:
     return results.CausalTrace(
         name=said.name,
         version=said.version,
-        job=_job(said.job),
+        job=job(said.job),
         questions=said.questions,
         window=said.window,
         result=_trace_result(said.result) if said.HasField("result") else None,
@@ -90,7 +90,7 @@ def edit(said: edit_pb2.Edit) -> results.Edit:
     return results.Edit(
         name=said.name,
         parent=said.parent,
-        job=_job(said.job),
+        job=job(said.job),
         version=said.version,
         requests=said.requests,
         facts=tuple(said.facts),
@@ -108,7 +108,7 @@ def evaluation(said: evaluation_pb2.Evaluation) -> results.Evaluation:
         name=said.name,
         version=said.version,
         baseline=said.baseline,
-        job=_job(said.job),
+        job=job(said.job),
         scores=tuple(map(_score, said.scores)),
         drift=said.drift,
         results=tuple(map(_probe_result, said.results)),
@@ -122,7 +122,7 @@ def derivation(said: history_pb2.Derivation) -> results.Derivation:
         name=said.name,
         parent=said.parent,
         kind=_member(results.DerivationKind, history_pb2.DerivationKind.DESCRIPTOR, said.kind),
-        job=_job(said.job),
+        job=job(said.job),
         version=said.version,
         sources=tuple(said.sources),
         facts=tuple(said.facts),
@@ -169,7 +169,7 @@ def bisection(said: history_pb2.Bisection) -> results.Bisection:
         name=said.name,
         good=said.good,
         bad=said.bad,
-        job=_job(said.job),
+        job=job(said.job),
         first_bad=said.first_bad,
         facts=tuple(said.facts),
         steps=tuple(
@@ -188,6 +188,7 @@ def generation(said: inference_pb2.GenerateResponse) -> results.Generation:
         prompt_tokens=said.usage.prompt_tokens,
         generated_tokens=said.usage.generated_tokens,
         log_probability=said.log_probability,
+        risk=said.risk,
         seed=said.seed if said.HasField("seed") else None,
     )
 
@@ -203,7 +204,8 @@ def scores(said: inference_pb2.ScoreResponse) -> results.Scores:
     )
 
 
-def _job(said: common_pb2.Job) -> results.Job:
+def job(said: common_pb2.Job) -> results.Job:
+    """What all pieces of work have in common."""
     error = said.error
     return results.Job(
         state=_member(results.State, common_pb2.State.DESCRIPTOR, said.state),

@@ -470,7 +470,10 @@ class Bisection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """An answer. `log_probability` is Σ log p of its tokens; `seed` is None where it was greedy."""
+    """An answer. `log_probability` is Σ log p of its tokens; `seed` is None where it was greedy.
+
+    `risk` is 1 − p(answer), 0 to 1: the higher, the likelier wrong. It ranks answers, and is no calibrated probability.
+    """
 
     version: str
     text: str
@@ -479,6 +482,7 @@ class Generation:
     generated_tokens: int
     log_probability: float
     seed: int | None
+    risk: float
 
     def __str__(self) -> str:
         return self.text

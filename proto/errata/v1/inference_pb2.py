@@ -25,15 +25,15 @@ _sym_db = _symbol_database.Default()
 from errata.v1 import common_pb2 as errata_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x65rrata/v1/inference.proto\x12\terrata.v1\x1a\x16\x65rrata/v1/common.proto\"w\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x01\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x02\x88\x01\x01\x42\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seed\"8\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x18\n\x10generated_tokens\x18\x02 \x01(\x05\"\xaa\x01\n\x0fGenerateRequest\x12\x0f\n\x07version\x18\x01 \x01(\t\x12!\n\x06prompt\x18\x02 \x01(\x0b\x32\x11.errata.v1.Prompt\x12\x1b\n\x0emax_new_tokens\x18\x03 \x01(\x05H\x00\x88\x01\x01\x12%\n\x08sampling\x18\x04 \x01(\x0b\x32\x13.errata.v1.Sampling\x12\x0c\n\x04stop\x18\x05 \x03(\tB\x11\n\x0f_max_new_tokens\"\xb7\x01\n\x10GenerateResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12.\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x17.errata.v1.FinishReason\x12\x1f\n\x05usage\x18\x04 \x01(\x0b\x32\x10.errata.v1.Usage\x12\x17\n\x0flog_probability\x18\x05 \x01(\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x00\x88\x01\x01\x42\x07\n\x05_seed\"D\n\x15StreamGenerateRequest\x12+\n\x07request\x18\x01 \x01(\x0b\x32\x1a.errata.v1.GenerateRequest\"R\n\x16StreamGenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12*\n\x05\x66inal\x18\x02 \x01(\x0b\x32\x1b.errata.v1.GenerateResponse\"V\n\x0cScoreRequest\x12\x0f\n\x07version\x18\x01 \x01(\t\x12!\n\x06prompt\x18\x02 \x01(\x0b\x32\x11.errata.v1.Prompt\x12\x12\n\ncandidates\x18\x03 \x03(\t\"K\n\rScoreResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12)\n\x06scores\x18\x02 \x03(\x0b\x32\x19.errata.v1.CandidateScore\"L\n\x0e\x43\x61ndidateScore\x12\x11\n\tcandidate\x18\x01 \x01(\t\x12\x17\n\x0flog_probability\x18\x02 \x01(\x01\x12\x0e\n\x06tokens\x18\x03 \x01(\x05*v\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11\x46INISH_REASON_END\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x03\x32\xec\x01\n\x10InferenceService\x12\x43\n\x08Generate\x12\x1a.errata.v1.GenerateRequest\x1a\x1b.errata.v1.GenerateResponse\x12W\n\x0eStreamGenerate\x12 .errata.v1.StreamGenerateRequest\x1a!.errata.v1.StreamGenerateResponse0\x01\x12:\n\x05Score\x12\x17.errata.v1.ScoreRequest\x1a\x18.errata.v1.ScoreResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19\x65rrata/v1/inference.proto\x12\terrata.v1\x1a\x16\x65rrata/v1/common.proto\"w\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x01H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x03 \x01(\x05H\x01\x88\x01\x01\x12\x11\n\x04seed\x18\x04 \x01(\x04H\x02\x88\x01\x01\x42\x08\n\x06_top_pB\x08\n\x06_top_kB\x07\n\x05_seed\"8\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\x05\x12\x18\n\x10generated_tokens\x18\x02 \x01(\x05\"\xaa\x01\n\x0fGenerateRequest\x12\x0f\n\x07version\x18\x01 \x01(\t\x12!\n\x06prompt\x18\x02 \x01(\x0b\x32\x11.errata.v1.Prompt\x12\x1b\n\x0emax_new_tokens\x18\x03 \x01(\x05H\x00\x88\x01\x01\x12%\n\x08sampling\x18\x04 \x01(\x0b\x32\x13.errata.v1.Sampling\x12\x0c\n\x04stop\x18\x05 \x03(\tB\x11\n\x0f_max_new_tokens\"\xc5\x01\n\x10GenerateResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\x0c\n\x04text\x18\x02 \x01(\t\x12.\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x17.errata.v1.FinishReason\x12\x1f\n\x05usage\x18\x04 \x01(\x0b\x32\x10.errata.v1.Usage\x12\x17\n\x0flog_probability\x18\x05 \x01(\x01\x12\x11\n\x04seed\x18\x06 \x01(\x04H\x00\x88\x01\x01\x12\x0c\n\x04risk\x18\x07 \x01(\x01\x42\x07\n\x05_seed\"D\n\x15StreamGenerateRequest\x12+\n\x07request\x18\x01 \x01(\x0b\x32\x1a.errata.v1.GenerateRequest\"R\n\x16StreamGenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12*\n\x05\x66inal\x18\x02 \x01(\x0b\x32\x1b.errata.v1.GenerateResponse\"V\n\x0cScoreRequest\x12\x0f\n\x07version\x18\x01 \x01(\t\x12!\n\x06prompt\x18\x02 \x01(\x0b\x32\x11.errata.v1.Prompt\x12\x12\n\ncandidates\x18\x03 \x03(\t\"K\n\rScoreResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12)\n\x06scores\x18\x02 \x03(\x0b\x32\x19.errata.v1.CandidateScore\"L\n\x0e\x43\x61ndidateScore\x12\x11\n\tcandidate\x18\x01 \x01(\t\x12\x17\n\x0flog_probability\x18\x02 \x01(\x01\x12\x0e\n\x06tokens\x18\x03 \x01(\x05*v\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x15\n\x11\x46INISH_REASON_END\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x03\x32\xec\x01\n\x10InferenceService\x12\x43\n\x08Generate\x12\x1a.errata.v1.GenerateRequest\x1a\x1b.errata.v1.GenerateResponse\x12W\n\x0eStreamGenerate\x12 .errata.v1.StreamGenerateRequest\x1a!.errata.v1.StreamGenerateResponse0\x01\x12:\n\x05Score\x12\x17.errata.v1.ScoreRequest\x1a\x18.errata.v1.ScoreResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'errata.v1.inference_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=999
-  _globals['_FINISHREASON']._serialized_end=1117
+  _globals['_FINISHREASON']._serialized_start=1013
+  _globals['_FINISHREASON']._serialized_end=1131
   _globals['_SAMPLING']._serialized_start=64
   _globals['_SAMPLING']._serialized_end=183
   _globals['_USAGE']._serialized_start=185
@@ -41,17 +41,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GENERATEREQUEST']._serialized_start=244
   _globals['_GENERATEREQUEST']._serialized_end=414
   _globals['_GENERATERESPONSE']._serialized_start=417
-  _globals['_GENERATERESPONSE']._serialized_end=600
-  _globals['_STREAMGENERATEREQUEST']._serialized_start=602
-  _globals['_STREAMGENERATEREQUEST']._serialized_end=670
-  _globals['_STREAMGENERATERESPONSE']._serialized_start=672
-  _globals['_STREAMGENERATERESPONSE']._serialized_end=754
-  _globals['_SCOREREQUEST']._serialized_start=756
-  _globals['_SCOREREQUEST']._serialized_end=842
-  _globals['_SCORERESPONSE']._serialized_start=844
-  _globals['_SCORERESPONSE']._serialized_end=919
-  _globals['_CANDIDATESCORE']._serialized_start=921
-  _globals['_CANDIDATESCORE']._serialized_end=997
-  _globals['_INFERENCESERVICE']._serialized_start=1120
-  _globals['_INFERENCESERVICE']._serialized_end=1356
+  _globals['_GENERATERESPONSE']._serialized_end=614
+  _globals['_STREAMGENERATEREQUEST']._serialized_start=616
+  _globals['_STREAMGENERATEREQUEST']._serialized_end=684
+  _globals['_STREAMGENERATERESPONSE']._serialized_start=686
+  _globals['_STREAMGENERATERESPONSE']._serialized_end=768
+  _globals['_SCOREREQUEST']._serialized_start=770
+  _globals['_SCOREREQUEST']._serialized_end=856
+  _globals['_SCORERESPONSE']._serialized_start=858
+  _globals['_SCORERESPONSE']._serialized_end=933
+  _globals['_CANDIDATESCORE']._serialized_start=935
+  _globals['_CANDIDATESCORE']._serialized_end=1011
+  _globals['_INFERENCESERVICE']._serialized_start=1134
+  _globals['_INFERENCESERVICE']._serialized_end=1370
 # @@protoc_insertion_point(module_scope)

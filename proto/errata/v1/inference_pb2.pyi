@@ -177,6 +177,7 @@ class GenerateResponse(_message.Message):
     USAGE_FIELD_NUMBER: _builtins.int
     LOG_PROBABILITY_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
+    RISK_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     """The version that answered, by number."""
     text: _builtins.str
@@ -187,6 +188,10 @@ class GenerateResponse(_message.Message):
     """Σ log p of the generated tokens, in nats."""
     seed: _builtins.int
     """The seed it was sampled with; unset where it was greedy."""
+    risk: _builtins.float
+    """1 − p(answer), 0-1: the higher, the likelier wrong. It ranks answers of one model by how far to trust them
+    (measurement "failure") and is no calibrated probability.
+    """
     @_builtins.property
     def usage(self) -> Global___Usage:
         """What it took."""
@@ -200,10 +205,11 @@ class GenerateResponse(_message.Message):
         usage: Global___Usage | None = ...,
         log_probability: _builtins.float = ...,
         seed: _builtins.int | None = ...,
+        risk: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "seed", b"seed", "usage", b"usage"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "finish_reason", b"finish_reason", "log_probability", b"log_probability", "seed", b"seed", "text", b"text", "usage", b"usage", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_seed", b"_seed", "finish_reason", b"finish_reason", "log_probability", b"log_probability", "risk", b"risk", "seed", b"seed", "text", b"text", "usage", b"usage", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__seed: _TypeAlias = _typing.Literal["seed"]  # noqa: Y015
     _WhichOneofArgType__seed: _TypeAlias = _typing.Literal["_seed", b"_seed"]  # noqa: Y015

@@ -1,5 +1,6 @@
 """Answers over the wire, against the editor's own."""
 
+import math
 import threading
 from collections.abc import Iterator
 
@@ -49,6 +50,15 @@ def test_the_seed_of_a_sampled_answer_repeats_it(hosted: Hosted) -> None:
     sampling.seed = first.seed
     again = hosted.call.inference.Generate(generate_message("France", sampling=sampling, max_new_tokens=8))
     assert again == first
+
+
+def test_the_risk_of_an_answer_is_what_its_probability_leaves(hosted: Hosted) -> None:
+    """Basu et al. 2024, §5: the model's own confidence foresees failure."""
+    believed = hosted.call.inference.Generate(generate_message("France"))
+    assert believed.risk == pytest.approx(1 - math.exp(believed.log_probability), abs=1e-9)
+    assert 0 <= believed.risk < 0.1
+    sampling = inference_pb2.Sampling(temperature=10.0, seed=1)
+    assert hosted.call.inference.Generate(generate_message("France", sampling=sampling)).risk > 0.9
 
 
 def test_an_answer_ends_at_its_length_and_before_a_stop_string(hosted: Hosted) -> None:

@@ -72,7 +72,7 @@ def _spoken(stream: TextStream, output: Output) -> Generation:
         seed = "" if answer.seed is None else f", seed {answer.seed}"
         output.note(
             f"{short(answer.version)}, {answer.generated_tokens} tokens ({answer.finish_reason}), "
-            f"log p {answer.log_probability:.3f}{seed}"
+            f"log p {answer.log_probability:.3f}, risk {answer.risk:.3f}{seed}"
         )
     return answer
 

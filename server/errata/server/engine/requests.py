@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
+from math import expm1
 
 from errata.editor.errors import InvalidInputError
 from errata.editor.prompts import Prompt
@@ -76,6 +77,11 @@ class Generated:
     generated_tokens: int
     log_probability: float
     seed: int | None
+
+    @property
+    def risk(self) -> float:
+        """1 − p(answer): how likely it is wrong, as far as confidence tells (Basu et al. 2024, §5)."""
+        return -expm1(self.log_probability)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -86,6 +86,7 @@ class InferenceService(inference_pb2_grpc.InferenceServiceServicer):
             ),
             log_probability=generated.log_probability,
             seed=generated.seed,
+            risk=generated.risk,
         )
 
 
