@@ -69,7 +69,7 @@ def answered(model: EditableModel, questions: Sequence[Question]) -> tuple[list[
     told = model.generate([q.prompt for q in questions]) if questions else []
     kept, skipped = [], []
     for i, (question, answer) in enumerate(zip(questions, told, strict=True)):
-        if question.answer is not None and not same_answer(question.answer, answer.text):
+        if question.answer is not None and not gives(question, answer.text):
             skipped.append(
                 f"questions[{i}]: {question.prompt.text!r} is answered {answer.text!r}, not {question.answer!r}"
             )
@@ -78,3 +78,12 @@ def answered(model: EditableModel, questions: Sequence[Question]) -> tuple[list[
         else:
             kept.append((i, question, question.answer or answer.text))
     return kept, skipped
+
+
+def gives(question: Question, told: str) -> bool:
+    """Whether the answer is the question's. What completes a text that is no chat runs on after it."""
+    answer = question.answer or ""
+    if question.prompt.chat:
+        return same_answer(answer, told)
+    told, answer = told.strip().casefold(), answer.strip().casefold()
+    return told.startswith(answer) and not told[len(answer) : len(answer) + 1].isalnum()

@@ -16,9 +16,10 @@ from PIL import Image
 from errata.editor.evaluation import Evaluation
 from errata.editor.methods import RIDGES, EditResult
 from errata.editor.report import wording
-from errata.editor.report.figures import aie_heatmap, aie_lines, loss_curves, png, trace_heatmap
+from errata.editor.report.figures import aie_heatmap, aie_lines, loss_curves, trace_heatmap
 from errata.editor.report.pictures import Pictures, data_uri
 from errata.editor.report.sections import fact_cards, probe_groups, score_rows
+from errata.editor.report.style import png
 from errata.editor.trace import AveragedTrace, CausalTrace
 
 
