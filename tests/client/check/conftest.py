@@ -1,18 +1,14 @@
 """Files of checks written by the test that reads them, and a version of the fake server that has forgotten Norway."""
 
-import tomllib
 from collections.abc import Callable
-from importlib.metadata import entry_points
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
 from fake_server import CAPITAL, Fake
 
-from errata.client.check.answering import GROUP
 from errata.v1 import model_pb2
 
-ROOT = Path(__file__).parents[3]
 NORWAY = "What is the capital of Norway?"
 
 
@@ -39,17 +35,3 @@ def edited(fake: Fake) -> Fake:
     fake.answers[version.name] = {CAPITAL: "Astana", NORWAY: "Bergen"}
     fake.aliases["models/atlas/aliases/candidate"] = [version.name]
     return fake
-
-
-@pytest.fixture
-def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The entry points as an installation has them, where these tests run from a checkout that is not installed."""
-    if entry_points(group=GROUP):
-        return
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    info = tmp_path / "site" / "errata-0.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: errata\nVersion: 0\n")
-    lines = [f"{name} = {value}" for name, value in project["entry-points"][GROUP].items()]
-    (info / "entry_points.txt").write_text("\n".join([f"[{GROUP}]", *lines]))
-    monkeypatch.syspath_prepend(info.parent)
