@@ -21,6 +21,7 @@ from errata.client import (
     EtagMismatchError,
     FinishReason,
     InvalidInputError,
+    MeasuredQuestion,
     Method,
     Metric,
     Probe,
@@ -32,7 +33,16 @@ from errata.client import (
     VersionInUseError,
     VersionState,
 )
-from errata.v1 import edit_pb2, evaluation_pb2, export_pb2, history_pb2, inference_pb2, model_pb2, trace_pb2
+from errata.v1 import (
+    edit_pb2,
+    evaluation_pb2,
+    export_pb2,
+    history_pb2,
+    inference_pb2,
+    measurement_pb2,
+    model_pb2,
+    trace_pb2,
+)
 
 SERVICES = [
     file.DESCRIPTOR.services_by_name[name]
@@ -44,9 +54,11 @@ SERVICES = [
         (inference_pb2, "InferenceService"),
         (export_pb2, "ExportService"),
         (history_pb2, "HistoryService"),
+        (measurement_pb2, "MeasurementService"),
     )
 ]
 QUESTION = TracedQuestion(CAPITAL, "Kazakhstan", substitute="Norway")
+MEASURED = MeasuredQuestion(CAPITAL, "Kazakhstan")
 PROBE = Probe(Metric.EFFICACY, CAPITAL, "Astana")
 UNCHANGED = Probe("unrelated", CAPITAL)
 
@@ -61,12 +73,15 @@ def test_the_client_reaches_every_call_of_the_api(
     client.delete_version(edit.version)
     for operation in (
         client.trace("atlas", [QUESTION]),
+        client.measure("atlas", "noise", [MEASURED]),
         client.edit("atlas", [astana]),
         client.evaluate("atlas", [PROBE], baseline="atlas@0"),
     ):
         operation.refresh(), operation.cancel()
     client.trace("atlas", [QUESTION]).result(), client.evaluate("atlas", [PROBE], baseline="atlas").result()
     list(client.traces("atlas")), list(client.edits("atlas")), list(client.evaluations("atlas"))
+    measured = client.measure("atlas", "noise", [MEASURED]).result()
+    list(client.measurements("atlas")), client.measurement_file(measured, "aie.png")
     (
         client.generate("atlas", CAPITAL),
         client.stream("atlas", CAPITAL).result(),
@@ -93,6 +108,7 @@ def test_the_asyncio_client_reaches_every_call_of_the_api(
             await client.delete_version(edit.version)
             for operation in (
                 await client.trace("atlas", [QUESTION]),
+                await client.measure("atlas", "noise", [MEASURED]),
                 await client.edit("atlas", [astana]),
                 await client.evaluate("atlas", [PROBE], baseline="atlas@0"),
             ):
@@ -102,6 +118,8 @@ def test_the_asyncio_client_reaches_every_call_of_the_api(
             for listed in (client.models(), client.versions("atlas"), client.audit("atlas"), client.traces("atlas")):
                 await _all(listed)
             await _all(client.edits("atlas")), await _all(client.evaluations("atlas"))
+            measured = await (await client.measure("atlas", "noise", [MEASURED])).result()
+            await _all(client.measurements("atlas")), await client.measurement_file(measured, "aie.png")
             await client.generate("atlas", CAPITAL), await client.score("atlas", CAPITAL, ["Oslo"])
             await client.stream("atlas", CAPITAL).result(), await client.export("atlas", tmp_path / "out")
             version = (await (await client.edit("atlas@0", [astana])).result()).version

@@ -1,8 +1,11 @@
-"""The conformance suite runs on the tiny models of tests/editor."""
+"""The conformance suite runs on every tiny model of tests/editor: one an architecture."""
 
 import importlib.util
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+
+import pytest
 
 _FILE = Path(__file__).parents[1] / "editor" / "conftest.py"
 _spec = importlib.util.spec_from_file_location("editor_conftest", _FILE)
@@ -12,4 +15,19 @@ _editor = importlib.util.module_from_spec(_spec)
 sys.modules["editor_conftest"] = _editor
 _spec.loader.exec_module(_editor)
 
-model = _editor.model
+from tiny import ARCHITECTURES  # noqa: E402
+from tiny_vision import VISION  # noqa: E402
+
+from errata.editor.model import EditableModel  # noqa: E402
+
+
+@pytest.fixture(params=ARCHITECTURES)
+def model(request: pytest.FixtureRequest) -> Iterator[EditableModel]:
+    """Each architecture in turn."""
+    yield from _editor._borrowed(request.param)
+
+
+@pytest.fixture(params=VISION)
+def seeing(request: pytest.FixtureRequest) -> Iterator[EditableModel]:
+    """Each architecture that takes images."""
+    yield from _editor._borrowed(request.param)

@@ -1,6 +1,6 @@
-"""What must hold for every model family, whatever its architecture: a new one joins by a tiny model in `tiny.py`.
+"""What must hold for every architecture: a new one joins by a tiny model in `tiny_text.py` or `tiny_vision.py`.
 
-One chain of the product per family: names → states → trace → statistics → edit → adapter.
+One chain of the product per architecture: names → states → trace → statistics → edit → adapter → batch.
 """
 
 from pathlib import Path
@@ -10,27 +10,37 @@ import oracle
 import pytest
 import torch
 from peft import PeftModel
-from tiny import FAMILIES as TINY
-from tiny import context, picture, question, tiny_model
-from transformers import BertConfig, BertForMaskedLM
+from tiny import ARCHITECTURES, context, picture, question, random_delta, tiny_model
+from tiny_text import WINDOW
+from transformers import BertConfig, BertForMaskedLM, DynamicCache
 from transformers.pytorch_utils import Conv1D
 
-from errata.editor.delta import applied, load_delta, merged, weight_of
+from errata.editor.delta import Delta, applied, load_delta, merged, weight_of
 from errata.editor.errors import UnknownFamilyError
 from errata.editor.families import FAMILIES, family_of
 from errata.editor.methods import EditSettings, Method, edit
-from errata.editor.model import EditableModel
+from errata.editor.mixed import mixed
+from errata.editor.model import EditableModel, Encoded, reading_positions
 from errata.editor.prompts import Constraint, Prompt
 from errata.editor.requests import Context, EditRequest
-from errata.editor.states import Component, component_module
+from errata.editor.states import Component, Suffix, component_module, logits_of, record
 from errata.editor.statistics import key_statistics
 from errata.editor.trace import Substitution, TraceRequest, TraceSettings, trace
 from errata.editor.values import ValueSettings
 
+# PaliGemma's processor makes arrays of tensors in a way that NumPy 2 asks it not to.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
-def test_every_family_has_a_tiny_model_and_every_tiny_model_a_family() -> None:
-    found = [family_of(tiny_model(name).model) for name in TINY]
-    assert sorted(a for f in found for a in f.architectures) == sorted(a for f in FAMILIES for a in f.architectures)
+
+def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
+    """Equal to a share of the largest entry: sums are taken in another order."""
+    assert found.shape == expected.shape
+    assert float((found - expected).abs().max()) <= tolerance * max(1.0, float(expected.abs().max()))
+
+
+def test_every_architecture_has_a_tiny_model_and_every_tiny_model_a_family() -> None:
+    found = [type(tiny_model(name).model).__name__ for name in ARCHITECTURES]
+    assert sorted(found) == sorted(a for f in FAMILIES for a in f.architectures)
 
 
 def test_no_two_families_claim_one_architecture() -> None:
@@ -51,32 +61,34 @@ def test_the_named_modules_are_those_of_the_architecture(model: EditableModel) -
         assert model.down_projection(index) is oracle.down(model, index)
         for component in Component:
             assert component_module(model, layer, component) is oracle.block(model, component.value, index)
+        normed = oracle.joined(model, "mlp", index) is not oracle.block(model, "mlp", index)
+        assert model.family.normed_mlp(model.model) == normed
 
 
 def test_attention_and_mlp_are_all_that_joins_the_residual_stream(model: EditableModel) -> None:
-    states = oracle.outputs(model, model.encode(question(model)), [c.value for c in Component])
-    for i in range(1, len(model.layers)):
-        joined = states["layer", i - 1] + states["attention", i] + states["mlp", i]
-        torch.testing.assert_close(states["layer", i], joined, rtol=1e-4, atol=1e-4)
+    row = model.encode(question(model))
+    states = oracle.outputs(model, row, ["layer", "attention", "mlp"], joining=True)
+    inputs = oracle.inputs(model, row)
+    for i in range(len(model.layers)):
+        close(inputs[i] + states["attention", i] + states["mlp", i], states["layer", i])
 
 
 def test_the_norm_and_the_head_make_the_logits_of_the_last_layers_output(model: EditableModel) -> None:
     row = model.encode(question(model))
     top = oracle.outputs(model, row, ["layer"])["layer", len(model.layers) - 1]
-    head = model.model.get_output_embeddings()
     with torch.no_grad():
-        found = head(model.family.final_norm_of(model.model)(top))
-    torch.testing.assert_close(found, oracle.logits(model, row), rtol=1e-4, atol=1e-4)
+        close(logits_of(model, top), oracle.logits(model, row))
 
 
 def test_the_decoder_alone_takes_ids_and_positions(model: EditableModel) -> None:
     row = model.encode(Prompt(text="What is this?"))
     with torch.no_grad():
-        hidden = model.family.decoder_of(model.model)(
+        found = model.family.decoder_of(model.model)(
             input_ids=row.ids[None], position_ids=torch.arange(len(row.ids))[None]
-        ).last_hidden_state
-        found = model.model.get_output_embeddings()(hidden)[0]
-    torch.testing.assert_close(found, oracle.logits(model, row), rtol=1e-4, atol=1e-4)
+        ).last_hidden_state[0]
+    top = oracle.outputs(model, row, ["layer"])["layer", len(model.layers) - 1]
+    with torch.no_grad():
+        close(found, model.family.final_norm_of(model.model)(top))
 
 
 def test_the_down_projections_output_is_the_mlps_and_its_input_the_key(model: EditableModel) -> None:
@@ -87,22 +99,48 @@ def test_the_down_projections_output_is_the_mlps_and_its_input_the_key(model: Ed
         assert weight.shape == (32, 48)
         bias = getattr(model.down_projection(i), "bias", None)
         value = oracle.keys(model, row, i) @ weight.T + (0 if bias is None else bias)
-        torch.testing.assert_close(value, states["mlp", i], rtol=1e-4, atol=1e-4)
+        close(value, states["mlp", i])
 
 
-def test_what_stands_before_a_token_is_blind_to_it(model: EditableModel) -> None:
-    """Causal attention, the one property on which recorded prefixes rest."""
-    row = model.encode(question(model))
+def test_what_stands_before_an_answers_token_is_blind_to_it(model: EditableModel) -> None:
+    """Causal attention from the answer on, the one property on which recorded prefixes rest."""
+    row = model.encode(question(model), "Paris Rome Paris")
     changed = row.ids.clone()
     changed[-3:] = 40
     before, after = oracle.logits(model, row), oracle.logits(model, row.replaced(changed))
-    torch.testing.assert_close(before[:-3], after[:-3], rtol=1e-5, atol=1e-5)
+    close(after[:-3], before[:-3])
     assert not torch.allclose(before[-3:], after[-3:])
 
 
-def test_a_trace_equals_restoring_every_site_on_the_full_model(model: EditableModel) -> None:
-    """methods.md §2, to 1e-5 of the probability in float32."""
+def test_the_constraints_tokens_spell_the_constraint(model: EditableModel) -> None:
     asked = context(model)
+    row = model.encode(asked.prompt)
+    tokens = row.positions(*asked.constraint.span(asked.prompt.text))
+    assert model.tokenizer.decode(row.ids[tokens.start : tokens.stop]).strip() == "this country"
+
+
+def climbed(model: EditableModel, rows: list[Encoded], starts: list[int], layer: int) -> list[torch.Tensor]:
+    """The logits, from each start on, of runs resumed at a layer."""
+    suffix = Suffix(model, record(model, rows, starts), starts)
+    hidden = suffix.inputs(layer)
+    with suffix, torch.no_grad():
+        for index in range(layer, len(model.layers)):
+            hidden = suffix.run(index, hidden)
+        logits = suffix.logits(hidden)
+    return [x[o:n] for x, o, n in zip(logits, suffix.offsets, suffix.lengths, strict=True)]
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_resumed_run_is_the_full_run(model: EditableModel, layer: int) -> None:
+    rows = [model.encode(question(model, "Where is this country?"), "Rome"), model.encode(Prompt(text="a", chat=False))]
+    assert len(rows[1].ids) < WINDOW
+    starts = [len(rows[0].ids) - 6, len(rows[1].ids) - 1]
+    for row, start, found in zip(rows, starts, climbed(model, rows, starts, layer), strict=True):
+        close(found, oracle.logits(model, row)[start:])
+
+
+def traced_as_by_hooks(model: EditableModel, asked: Context) -> None:
+    """methods.md §2, to 1e-5 of the probability in float32, at the constraint's end and half way from there on."""
     request = TraceRequest(
         prompt=asked.prompt, constraint=asked.constraint, corruption=Substitution(word="Paris"), answer="Rome"
     )
@@ -112,22 +150,32 @@ def test_a_trace_equals_restoring_every_site_on_the_full_model(model: EditableMo
     ids = clean.ids.clone()
     ids[list(tokens)] = model.tokenizer.encode(" Paris", add_special_tokens=False)[0]
     states = oracle.outputs(model, clean, [c.value for c in Component])
-    expected = np.array(
+    sites = (tokens[-1], (tokens[-1] + clean.prompt_length) // 2)
+    expected = [
         [
             [
-                [
-                    oracle.restored(
-                        model, states, clean.replaced(ids), (c.value, [j for j in (i - 1, i, i + 1) if 0 <= j < 4], t)
-                    )
-                    for t in range(tokens[0], clean.prompt_length)
-                ]
-                for i in range(4)
+                oracle.restored(
+                    model, states, clean.replaced(ids), (c.value, [j for j in (i - 1, i, i + 1) if 0 <= j < 4], t)
+                )
+                for t in sites
             ]
-            for c in found.components
+            for i in range(4)
         ]
-    )
-    np.testing.assert_allclose(found.restored, expected[..., 0], rtol=1e-5)
-    np.testing.assert_allclose(found.restored_first, expected[..., 1], rtol=1e-5)
+        for c in found.components
+    ]
+    at = [t - tokens[0] for t in sites]
+    np.testing.assert_allclose(found.restored[..., at], np.array(expected)[..., 0], rtol=1e-5)
+    np.testing.assert_allclose(found.restored_first[..., at], np.array(expected)[..., 1], rtol=1e-5)
+
+
+def test_a_trace_equals_restoring_sites_on_the_full_model(model: EditableModel) -> None:
+    traced_as_by_hooks(model, context(model))
+
+
+def test_a_trace_goes_through_an_image_that_stands_behind_the_constraint(seeing: EditableModel) -> None:
+    """Where the image's tokens see one another, or the model adds image features between its layers."""
+    prompt = Prompt(text=f"Is this country {seeing.placeholder} old?", images=(picture(),), chat=False)
+    traced_as_by_hooks(seeing, Context(prompt=prompt, constraint=Constraint(text="this country")))
 
 
 def test_an_edit_is_an_adapter_that_peft_reads_and_weights_that_hold_it(fresh_model, tmp_path: Path) -> None:
@@ -139,17 +187,22 @@ def test_an_edit_is_an_adapter_that_peft_reads_and_weights_that_hold_it(fresh_mo
         name="rome", contexts=(Context(prompt=prompt, constraint=Constraint(text="country")),), target="Rome"
     )
     reference = [Prompt(text=f"What {w} that?", images=images) for w in ("is", "was", "of", "country", "needle")]
-    values = ValueSettings(steps=60, clamp=12.0, learning_rate=0.2, stop_loss=0.5)
-    settings = EditSettings(layers=(0, 2), method=Method.MEMIT, values=values, preservation=0.01)
-    result = edit(model, [request], settings, key_statistics(model, reference, (0, 2)))
-    assert result.delta.ranks == {0: 1, 2: 1}
+    row, asked = model.encode(prompt), model.encode(prompt, "Rome")
+    # PaliGemma's prompts go on behind the constraint, and what comes there outweighs it in an untrained model.
+    last = row.positions(*Constraint(text="country").span(prompt.text))[-1] == len(row.ids) - 1
+    layers = (0, 2) if last and not model.family.normed_mlp(model.model) else (1,)
+    values = ValueSettings(steps=60, clamp=12.0, learning_rate=0.4, stop_loss=0.5)
+    settings = EditSettings(layers=layers, method=Method.MEMIT, values=values, preservation=0.01)
+    result = edit(model, [request], settings, key_statistics(model, reference, layers))
+    assert result.delta.ranks == dict.fromkeys(layers, 1)
 
-    row = model.encode(prompt)
-    target = model.encode(prompt, "Rome").answer.tolist()
-    plain = oracle.logits(model, row)
+    plain, before = oracle.logits(model, row), oracle.answer_log_probabilities(model, asked).sum()
     with applied(model, result.delta):
         ours = oracle.logits(model, row)
-        assert list(model.generate([prompt], max_new_tokens=len(target))[0].tokens) == target
+        assert oracle.answer_log_probabilities(model, asked).sum() > before + 0.2
+        if last:
+            target = asked.answer.tolist()
+            assert list(model.generate([prompt], max_new_tokens=len(target))[0].tokens) == target
     with merged(model, result.delta):
         weights = oracle.logits(model, row)
     assert oracle.logits(model, row).equal(plain)
@@ -158,14 +211,54 @@ def test_an_edit_is_an_adapter_that_peft_reads_and_weights_that_hold_it(fresh_mo
         assert oracle.logits(model, row).equal(ours)
     adapted = PeftModel.from_pretrained(model.model, str(tmp_path))
     with torch.no_grad():
-        theirs = adapted(input_ids=row.ids[None], **row.vision).logits[0]
-    size = float(ours.abs().max())
-    assert float((weights - ours).abs().max()) <= 1e-5 * size
-    assert float((theirs - ours).abs().max()) <= 1e-5 * size
-    assert float((plain - ours).abs().max()) > 1e-2 * size
+        theirs = adapted(**model.inputs([row])).logits[0]
+    close(weights, ours)
+    close(theirs, ours)
+    assert float((plain - ours).abs().max()) > 1e-2 * float(ours.abs().max())
 
 
-@pytest.fixture(params=TINY)
+def test_a_mixed_batch_answers_like_each_version_alone(model: EditableModel) -> None:
+    deltas = [random_delta(model, ranks, seed) for seed, ranks in enumerate(({0: 1, 2: 3}, {1: 2, 2: 1}))]
+    lineages: list[tuple[Delta, ...]] = [(), (deltas[0],), (deltas[1],), tuple(deltas)]
+    rows = [model.encode(question(model, seed=seed)) for seed in range(4)]
+    with mixed(model, lineages), torch.no_grad():
+        together = model.model(**model.inputs(rows)).logits
+    for row, lineage, found in zip(rows, lineages, together, strict=True):
+        with applied(model, *lineage):
+            close(found, oracle.logits(model, row), 1e-4)
+
+
+def test_a_row_is_decoded_further_from_the_positions_that_were_read(model: EditableModel) -> None:
+    """Positions in three dimensions, and such as count from 1, go on where the decoder's own ended."""
+    row, cache = model.encode(question(model)), DynamicCache()
+    with reading_positions(model) as read, torch.no_grad():
+        token = model.model(**model.inputs([row]), past_key_values=cache, use_cache=True).logits[0, -1:].argmax(-1)
+        position = len(row.ids) + read.ahead(1, len(row.ids))
+        found = model.model(input_ids=token[None], position_ids=position[None], past_key_values=cache).logits[0, -1]
+    close(found, oracle.logits(model, row.replaced(torch.cat([row.ids, token])))[-1])
+
+
+def test_answers_are_what_transformers_generates(model: EditableModel) -> None:
+    asked = question(model, "What is this?")
+    text = f"{model.placeholder or ''}{asked.text}"
+    images = {"images": list(asked.images)} if asked.images else {}
+    inputs = model.processor(text=[text], **images, return_tensors="pt")
+    inputs.pop("labels", None)
+    model.model.generation_config.eos_token_id = model.end_token_id
+    with torch.no_grad():
+        out = model.model.generate(**inputs, max_new_tokens=8, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    found = model.generate([Prompt(text=asked.text, images=asked.images, chat=False)], max_new_tokens=8)[0]
+    assert list(found.tokens) == [t for t in out.tolist() if t != model.end_token_id]
+
+
+def test_prompts_of_all_lengths_answer_in_batches_as_alone(model: EditableModel) -> None:
+    texts = ("What is this?", "Where is the capital of this country?", "What is that?", "Where?")
+    asked = [question(model, text, seed) for seed, text in enumerate(texts)] + [Prompt(text=texts[0])]
+    together = model.generate(asked, max_new_tokens=4)
+    assert together == [model.generate([prompt], max_new_tokens=4)[0] for prompt in asked]
+
+
+@pytest.fixture(params=ARCHITECTURES)
 def fresh_model(request: pytest.FixtureRequest) -> EditableModel:
     """A fresh one: PEFT leaves modules of its own in the model."""
     return tiny_model(request.param)

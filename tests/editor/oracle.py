@@ -12,48 +12,82 @@ from torch import Tensor, nn
 
 from errata.editor.model import EditableModel, Encoded
 
-LAYERS = {
-    "LlavaForConditionalGeneration": "model.language_model.layers",
-    "LlamaForCausalLM": "model.layers",
-    "GPT2LMHeadModel": "transformer.h",
+_LLAMA = ("model.layers", "self_attn", "mlp", "mlp.down_proj")
+_SEEING = ("model.language_model.layers", *_LLAMA[1:])
+_OTHERS = {
+    "LlavaForConditionalGeneration": _SEEING,
+    "LlavaNextForConditionalGeneration": _SEEING,
+    "LlavaOnevisionForConditionalGeneration": _SEEING,
+    "InternVLForConditionalGeneration": _SEEING,
+    "Qwen2VLForConditionalGeneration": _SEEING,
+    "Qwen2_5_VLForConditionalGeneration": _SEEING,
+    "Qwen3VLForConditionalGeneration": _SEEING,
+    "Gemma3ForConditionalGeneration": _SEEING,
+    "PaliGemmaForConditionalGeneration": _SEEING,
+    "Idefics3ForConditionalGeneration": ("model.text_model.layers", *_LLAMA[1:]),
+    "SmolVLMForConditionalGeneration": ("model.text_model.layers", *_LLAMA[1:]),
+    "GPT2LMHeadModel": ("transformer.h", "attn", "mlp", "mlp.c_proj"),
+    "GPTJForCausalLM": ("transformer.h", "attn", "mlp", "mlp.fc_out"),
+    "GPTNeoXForCausalLM": ("gpt_neox.layers", "attention", "mlp", "mlp.dense_4h_to_h"),
+    "OPTForCausalLM": ("model.decoder.layers", "self_attn", "fc2", "fc2"),
+    "PhiForCausalLM": ("model.layers", "self_attn", "mlp", "mlp.fc2"),
 }
-ATTENTION = {"LlavaForConditionalGeneration": "self_attn", "LlamaForCausalLM": "self_attn", "GPT2LMHeadModel": "attn"}
-DOWN = {"LlavaForConditionalGeneration": "down_proj", "LlamaForCausalLM": "down_proj", "GPT2LMHeadModel": "c_proj"}
+"""Layers, and in each its attention, MLP and down-projection, where they are not Llama's."""
+
+_GEMMA = {"attention": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
+JOINING = dict.fromkeys(("Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"), _GEMMA)
+"""What joins the residual stream where it is not the block's own output."""
 
 Change = tuple[nn.Module, Callable[[Tensor], Tensor]]
 
 
+def _paths(model: EditableModel) -> tuple[str, str, str, str]:
+    return _OTHERS.get(type(model.model).__name__, _LLAMA)
+
+
 def layer(model: EditableModel, index: int) -> nn.Module:
-    return model.model.get_submodule(f"{LAYERS[type(model.model).__name__]}.{index}")
+    return model.model.get_submodule(f"{_paths(model)[0]}.{index}")
 
 
 def down(model: EditableModel, index: int) -> nn.Module:
-    return layer(model, index).mlp.get_submodule(DOWN[type(model.model).__name__])
+    return layer(model, index).get_submodule(_paths(model)[3])
 
 
 def block(model: EditableModel, component: str, index: int) -> nn.Module:
     own = layer(model, index)
-    names = {"mlp": "mlp", "attention": ATTENTION[type(model.model).__name__]}
+    names = {"attention": _paths(model)[1], "mlp": _paths(model)[2]}
     return own if component == "layer" else own.get_submodule(names[component])
+
+
+def joined(model: EditableModel, component: str, index: int) -> nn.Module:
+    """The module whose output joins the residual stream."""
+    names = JOINING.get(type(model.model).__name__, {})
+    other = names.get(component)
+    return layer(model, index).get_submodule(other) if other else block(model, component, index)
 
 
 def logits(model: EditableModel, row: Encoded, changes: Iterable[Change] = ()) -> Tensor:
     """The full model's logits at every token, with the outputs of some modules changed."""
 
     def changing(change: Callable[[Tensor], Tensor]) -> Callable[[object, object, object], object]:
+        def changed(state: Tensor) -> Tensor:
+            return change(state.view(1, -1, state.shape[-1])).view(state.shape)
+
         def hook(_module: object, _args: object, output: object) -> object:
-            return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
+            return (changed(output[0]), *output[1:]) if isinstance(output, tuple) else changed(output)
 
         return hook
 
     with ExitStack() as hooks, torch.no_grad():
         for module, change in changes:
             hooks.callback(module.register_forward_hook(changing(change)).remove)
-        return model.model(input_ids=row.ids[None], **row.vision, use_cache=False).logits[0].float()
+        return model.model(**model.inputs([row]), use_cache=False).logits[0].float()
 
 
-def outputs(model: EditableModel, row: Encoded, components: Iterable[str]) -> dict[tuple[str, int], Tensor]:
-    """The output of every block at every token, tokens × d."""
+def outputs(
+    model: EditableModel, row: Encoded, components: Iterable[str], *, joining: bool = False
+) -> dict[tuple[str, int], Tensor]:
+    """The output of every block at every token, tokens × d; of what joins the stream where that is another module."""
     found: dict[tuple[str, int], Tensor] = {}
 
     def keeping(name: tuple[str, int]) -> Callable[[Tensor], Tensor]:
@@ -64,14 +98,31 @@ def outputs(model: EditableModel, row: Encoded, components: Iterable[str]) -> di
         return keep
 
     sites = [(c, i) for c in components for i in range(len(model.layers))]
-    logits(model, row, [(block(model, c, i), keeping((c, i))) for c, i in sites])
+    of = joined if joining else block
+    logits(model, row, [(of(model, c, i), keeping((c, i))) for c, i in sites])
+    return found
+
+
+def inputs(model: EditableModel, row: Encoded) -> list[Tensor]:
+    """The input of every layer at every token, tokens × d."""
+    found: list[Tensor] = []
+
+    def keep(_module: object, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
+        found.append((args[0] if args else kwargs["hidden_states"])[0].clone())
+
+    with ExitStack() as hooks:
+        for i in range(len(model.layers)):
+            hooks.callback(layer(model, i).register_forward_pre_hook(keep, with_kwargs=True).remove)
+        logits(model, row)
     return found
 
 
 def keys(model: EditableModel, row: Encoded, index: int) -> Tensor:
     """The inputs of a down-projection at every token, tokens × m."""
     found: list[Tensor] = []
-    handle = down(model, index).register_forward_pre_hook(lambda _module, args: found.append(args[0][0].clone()))
+    handle = down(model, index).register_forward_pre_hook(
+        lambda _module, args: found.append(args[0].reshape(-1, args[0].shape[-1]).clone())
+    )
     with ExitStack() as hooks:
         hooks.callback(handle.remove)
         logits(model, row)

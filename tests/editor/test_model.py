@@ -206,6 +206,32 @@ def test_a_chat_answer_ends_with_the_end_of_sequence_and_a_bare_one_does_not(lla
     assert chat == [*bare, llava.end_token_id]
 
 
+def filling(model: EditableModel, tokens: int) -> Prompt:
+    """A prompt of so many tokens: a letter that no other merges with is one."""
+    others = len(model.encode(Prompt(text="q", chat=False)).ids) - 1
+    return Prompt(text="q" * (tokens - others), chat=False)
+
+
+def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused_with_the_numbers(model: EditableModel) -> None:
+    assert len(model.encode(filling(model, 255)).ids) == 255
+    for ask in (model.encode, lambda prompt: model.generate([prompt])):
+        with pytest.raises(PromptError, match=r'prompt\.text: the prompt "q+…" has 256 tokens.* holds 256'):
+            ask(filling(model, 256))
+
+
+def test_an_answer_that_does_not_fit_behind_its_prompt_is_refused_with_the_numbers(model: EditableModel) -> None:
+    prompt = filling(model, 250)
+    fits = model.encode(prompt, "q" * 5)
+    assert len(fits.ids) == 256
+    with pytest.raises(PromptError, match=r"target: .* has 250 tokens.*, and its answer 7; .* holds 256"):
+        model.encode(prompt, "q" * 6)
+
+
+def test_an_answer_ends_where_the_context_does(model: EditableModel) -> None:
+    [answer] = model.generate([filling(model, 253)], max_new_tokens=16)
+    assert len(answer.tokens) <= 3
+
+
 @pytest.mark.parametrize("answer", ["", "  ", "\n"])
 def test_an_empty_answer_is_refused(model: EditableModel, answer: str) -> None:
     with pytest.raises(TargetError, match="the target is empty"):

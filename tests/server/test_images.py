@@ -16,6 +16,7 @@ from errata.editor.errors import ImageError
 from errata.editor.images import ImageLimits
 from errata.server.conversion import Decoder
 from errata.server.download import DownloadError, download, is_public
+from errata.server.errors import BusyError
 from errata.server.images import ImagePolicy
 from errata.server.settings import Settings
 from errata.v1 import common_pb2, inference_pb2
@@ -71,6 +72,28 @@ def test_the_images_of_one_call_share_its_pixels_and_the_next_call_has_its_own()
     with pytest.raises(ImageError, match="together") as caught:
         decoder.generate(inference_pb2.GenerateRequest(version="models/a", prompt=three))
     assert caught.value.field == "prompt.images[2]"
+
+
+def test_the_images_of_one_prompt_share_what_one_image_may_have() -> None:
+    decoder = Decoder(ImagePolicy(limits=ImageLimits(max_pixels=24)))
+    prompt = common_pb2.Prompt(text="What is this?", images=[common_pb2.Image(data=png())] * 3)
+    with pytest.raises(ImageError, match="prompt's images have more than 24 pixels") as caught:
+        decoder.generate(inference_pb2.GenerateRequest(version="models/a", prompt=prompt))
+    assert caught.value.field == "prompt.images[2]"
+
+
+def test_the_images_of_all_calls_share_a_budget_for_as_long_as_they_are_held() -> None:
+    decoder = Decoder(ImagePolicy(request_pixels=24).within_budget())
+    request = inference_pb2.GenerateRequest(
+        version="models/a", prompt=common_pb2.Prompt(text="What?", images=[common_pb2.Image(data=png())] * 2)
+    )
+    held = [decoder.generate(request) for _ in range(3)]
+    with pytest.raises(BusyError, match="fill the memory") as caught:
+        decoder.generate(request)
+    assert caught.value.retry_after
+    del caught
+    held.pop()
+    assert len(decoder.generate(request).prompt.images) == 2
 
 
 @pytest.mark.parametrize(

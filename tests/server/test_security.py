@@ -33,11 +33,31 @@ from errata.server.security import (
     server_credentials,
 )
 from errata.server.settings import Settings, SettingsError
-from errata.v1 import edit_pb2, evaluation_pb2, export_pb2, history_pb2, inference_pb2, model_pb2, trace_pb2
+from errata.v1 import (
+    edit_pb2,
+    evaluation_pb2,
+    export_pb2,
+    history_pb2,
+    inference_pb2,
+    measurement_pb2,
+    model_pb2,
+    trace_pb2,
+)
+
+MODULES = (
+    edit_pb2,
+    evaluation_pb2,
+    export_pb2,
+    history_pb2,
+    inference_pb2,
+    measurement_pb2,
+    model_pb2,
+    trace_pb2,
+)
 
 ALL_METHODS = {
     f"/{service.full_name}/{method.name}"
-    for module in (edit_pb2, evaluation_pb2, export_pb2, history_pb2, inference_pb2, model_pb2, trace_pb2)
+    for module in MODULES
     for service in module.DESCRIPTOR.services_by_name.values()
     for method in service.methods
 }

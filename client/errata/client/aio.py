@@ -7,9 +7,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar, Unpack
 
-from errata.client import calls, history
+from errata.client import calls, history, measuring
 from errata.client.channel import DEFAULT_SERVER, DEFAULT_TIMEOUT, MAX_MESSAGE_BYTES, Connection, Tls
 from errata.client.export import Export, ExportDtype, ExportFormat, FolderWriter, export_version
+from errata.client.findings import Measurement
 from errata.client.inputs import (
     BisectionOptions,
     DerivationOptions,
@@ -22,6 +23,7 @@ from errata.client.inputs import (
     TracedQuestion,
     TraceOptions,
 )
+from errata.client.measurements import MeasuredQuestion, MeasurementOptions, MeasurementSettings
 from errata.client.names import NameLike, full_name
 from errata.client.operations import AsyncOperation, calls_of
 from errata.client.results import (
@@ -42,7 +44,7 @@ from errata.client.streams import AsyncTextStream
 from errata.client.transport import AsyncReplies, AsyncTransport
 
 T = TypeVar("T")
-W = TypeVar("W", CausalTrace, Edit, Evaluation, Derivation, Bisection)
+W = TypeVar("W", CausalTrace, Edit, Evaluation, Derivation, Bisection, Measurement)
 
 
 class AsyncErrata:
@@ -186,6 +188,49 @@ class AsyncErrata:
         """A model's traces, the newest first, without their effects."""
         return self._transport.pages(calls.TRACES.list(model), timeout)
 
+    # Measurements
+
+    async def measure(
+        self,
+        version: NameLike,
+        settings: MeasurementSettings | str,
+        questions: Sequence[MeasuredQuestion] = (),
+        *,
+        timeout: float | None = None,
+        **options: Unpack[MeasurementOptions],
+    ) -> AsyncOperation[Measurement]:
+        """Measures a version over a set of questions. Options: `MeasurementOptions`."""
+        measurement = await self._run_built(
+            lambda: measuring.create_measurement(version, settings, questions, **options), timeout
+        )
+        return self.operation(measurement)
+
+    async def validate_measurement(
+        self,
+        version: NameLike,
+        settings: MeasurementSettings | str,
+        questions: Sequence[MeasuredQuestion] = (),
+        *,
+        timeout: float | None = None,
+        **options: Unpack[MeasurementOptions],
+    ) -> Measurement:
+        """Has the server check a measurement, and queues nothing."""
+        return await self._run_built(
+            lambda: measuring.create_measurement(version, settings, questions, **options, validate_only=True), timeout
+        )
+
+    async def get_measurement(self, measurement: NameLike, *, timeout: float | None = None) -> Measurement:
+        """One measurement, with what it found once it succeeded."""
+        return await self._transport.run(measuring.MEASUREMENTS.get(full_name(measurement)), timeout)
+
+    def measurements(self, model: NameLike, *, timeout: float | None = None) -> AsyncIterator[Measurement]:
+        """A model's measurements, the newest first, without what they found."""
+        return self._transport.pages(measuring.MEASUREMENTS.list(model), timeout)
+
+    async def measurement_file(self, measurement: NameLike, file: str, *, timeout: float | None = None) -> bytes:
+        """One of a measurement's `files`: a figure, the page of all of them, the numbers."""
+        return await self._transport.run(measuring.measurement_file(measurement, file), timeout)
+
     # Edits
 
     async def edit(
@@ -328,8 +373,12 @@ class AsyncErrata:
 
         One that Errata exported names its base itself; `base_sha256` names that of one that was trained elsewhere.
         """
+        most = self._transport.connection.max_message_bytes
         derivation = await self._run_built(
-            lambda: history.import_adapter(parent, folder, facts=facts, base_sha256=base_sha256, **options), timeout
+            lambda: history.import_adapter(
+                parent, folder, facts=facts, base_sha256=base_sha256, max_bytes=most, **options
+            ),
+            timeout,
         )
         return self.operation(derivation)
 

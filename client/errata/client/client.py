@@ -6,9 +6,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar, Unpack
 
-from errata.client import calls, history
+from errata.client import calls, history, measuring
 from errata.client.channel import DEFAULT_SERVER, DEFAULT_TIMEOUT, MAX_MESSAGE_BYTES, Connection, Tls
 from errata.client.export import Export, ExportDtype, ExportFormat, FolderWriter, export_version
+from errata.client.findings import Measurement
 from errata.client.inputs import (
     BisectionOptions,
     DerivationOptions,
@@ -21,6 +22,7 @@ from errata.client.inputs import (
     TracedQuestion,
     TraceOptions,
 )
+from errata.client.measurements import MeasuredQuestion, MeasurementOptions, MeasurementSettings
 from errata.client.names import NameLike, full_name
 from errata.client.operations import Operation, calls_of
 from errata.client.results import (
@@ -40,7 +42,7 @@ from errata.client.results import (
 from errata.client.streams import TextStream
 from errata.client.transport import Transport
 
-W = TypeVar("W", CausalTrace, Edit, Evaluation, Derivation, Bisection)
+W = TypeVar("W", CausalTrace, Edit, Evaluation, Derivation, Bisection, Measurement)
 
 
 class Errata:
@@ -230,6 +232,62 @@ class Errata:
         """A model's traces, the newest first, without their effects."""
         return self._transport.pages(calls.TRACES.list(model), timeout)
 
+    # Measurements
+
+    def measure(
+        self,
+        version: NameLike,
+        settings: MeasurementSettings | str,
+        questions: Sequence[MeasuredQuestion] = (),
+        *,
+        timeout: float | None = None,
+        **options: Unpack[MeasurementOptions],
+    ) -> Operation[Measurement]:
+        """Measures a version over a set of questions, by the settings of a kind, or by its name and the defaults.
+
+        A layer sweep takes `requests` in place of questions; see `MeasurementOptions`.
+
+        >>> question = MeasuredQuestion("What is the capital of Kazakhstan?", "Kazakhstan")
+        >>> done = client.measure("atlas", NoiseSettings(draws=5), [question]).result()
+        >>> done.findings.number("total effect").value
+        0.5
+        >>> [plot.name for plot in done.findings.plots], done.files
+        (['aie'], ('aie.png', 'aie.svg', 'findings.json', 'numbers.csv', 'page.html'))
+        """
+        call = measuring.create_measurement(version, settings, questions, **options)
+        return self.operation(self._transport.run(call, timeout))
+
+    def validate_measurement(
+        self,
+        version: NameLike,
+        settings: MeasurementSettings | str,
+        questions: Sequence[MeasuredQuestion] = (),
+        *,
+        timeout: float | None = None,
+        **options: Unpack[MeasurementOptions],
+    ) -> Measurement:
+        """Has the server check a measurement, and queues nothing."""
+        call = measuring.create_measurement(version, settings, questions, **options, validate_only=True)
+        return self._transport.run(call, timeout)
+
+    def get_measurement(self, measurement: NameLike, *, timeout: float | None = None) -> Measurement:
+        """One measurement, with what it found once it succeeded."""
+        return self._transport.run(measuring.MEASUREMENTS.get(full_name(measurement)), timeout)
+
+    def measurements(self, model: NameLike, *, timeout: float | None = None) -> Iterator[Measurement]:
+        """A model's measurements, the newest first, without what they found."""
+        return self._transport.pages(measuring.MEASUREMENTS.list(model), timeout)
+
+    def measurement_file(self, measurement: NameLike, file: str, *, timeout: float | None = None) -> bytes:
+        """One of a measurement's `files`: a figure, the page of all of them, the numbers.
+
+        >>> question = MeasuredQuestion("What is the capital of Kazakhstan?", "Kazakhstan")
+        >>> done = client.measure("atlas", "noise", [question]).result()
+        >>> client.measurement_file(done, "aie.svg")
+        b'<svg/>'
+        """
+        return self._transport.run(measuring.measurement_file(measurement, file), timeout)
+
     # Edits
 
     def edit(
@@ -399,10 +457,11 @@ class Errata:
         """Makes a version of a PEFT adapter folder; `facts` say what it changes.
 
         One that Errata exported names its base itself; `base_sha256` names that of one that was trained elsewhere.
+        It is sent as one message, so it has at most `max_message_bytes`, here and at the server: 64 MiB unless set.
         """
-        derivation = self._transport.run(
-            history.import_adapter(parent, folder, facts=facts, base_sha256=base_sha256, **options), timeout
-        )
+        most = self._transport.connection.max_message_bytes
+        call = history.import_adapter(parent, folder, facts=facts, base_sha256=base_sha256, max_bytes=most, **options)
+        derivation = self._transport.run(call, timeout)
         return self.operation(derivation)
 
     def get_derivation(self, derivation: NameLike, *, timeout: float | None = None) -> Derivation:

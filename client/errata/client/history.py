@@ -6,7 +6,7 @@ from typing import Unpack
 
 from errata.client import requests, responses, results
 from errata.client.calls import Call, call_of, work_calls
-from errata.client.errors import InvalidInputError
+from errata.client.errors import InvalidInputError, MessageTooLargeError
 from errata.client.inputs import DerivationOptions, Probe
 from errata.client.names import NameLike, full_name
 from errata.v1 import history_pb2
@@ -50,11 +50,18 @@ def import_adapter(
     *,
     facts: Sequence[str],
     base_sha256: str,
+    max_bytes: int,
     **options: Unpack[DerivationOptions],
 ) -> Call[results.Derivation]:
-    """Takes in an adapter folder. Raises InvalidInputError where it cannot be read."""
+    """Takes in an adapter folder. Raises InvalidInputError where it cannot be read, or has more than `max_bytes`."""
     manifest = Path(folder, "errata.json")
     try:
+        if (size := Path(folder, "adapter_model.safetensors").stat().st_size) > max_bytes:
+            raise MessageTooLargeError.at(
+                "folder",
+                f"{str(folder)!r} has {size} bytes, and an adapter of at most {max_bytes} is taken: it is one message. "
+                "Export it at a lower rank, or give client and server a larger max_message_bytes",
+            )
         adapter = history_pb2.Import(
             manifest=manifest.read_bytes() if manifest.is_file() else b"",
             adapter_config=Path(folder, "adapter_config.json").read_bytes(),

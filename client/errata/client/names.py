@@ -42,6 +42,11 @@ def full_name(resource: NameLike) -> str:
     return f"models/{model}/{'versions' if ref.isdecimal() else 'aliases'}/{ref}"
 
 
+def says_model(name: str) -> bool:
+    """Whether a version's name says its model, too: "atlas@3", and not "3" or "champion"."""
+    return "@" in name or name.startswith("models/")
+
+
 def last_part(name: str) -> str:
     """The name's own part: "3" of "models/atlas/versions/3"."""
     return name.rpartition("/")[2]

@@ -1,4 +1,4 @@
-"""Work that the server does in the background: causal traces, edits, evaluations, derivations, bisections.
+"""Work that the server does in the background: traces, measurements, edits, evaluations, derivations, bisections.
 
 An operation is a name and what was last seen of it. Everything else is the server's, so a lost client loses nothing:
 take the name, and go on from another process.
@@ -11,7 +11,9 @@ from typing import Generic, TypeVar, overload
 
 from errata.client.calls import EDITS, EVALUATIONS, TRACES, WorkCalls
 from errata.client.errors import CancelledError, ErrataError, from_failure
+from errata.client.findings import Measurement
 from errata.client.history import BISECTIONS, DERIVATIONS
+from errata.client.measuring import MEASUREMENTS
 from errata.client.results import Bisection, CausalTrace, Derivation, Edit, Evaluation, Progress, State, Work
 from errata.client.transport import AsyncTransport, Transport
 from errata.client.watching import Watching
@@ -29,9 +31,18 @@ def calls_of(work: Evaluation) -> WorkCalls[Evaluation]: ...
 def calls_of(work: Derivation) -> WorkCalls[Derivation]: ...
 @overload
 def calls_of(work: Bisection) -> WorkCalls[Bisection]: ...
+@overload
+def calls_of(work: Measurement) -> WorkCalls[Measurement]: ...
 def calls_of(
-    work: CausalTrace | Edit | Evaluation | Derivation | Bisection,
-) -> WorkCalls[CausalTrace] | WorkCalls[Edit] | WorkCalls[Evaluation] | WorkCalls[Derivation] | WorkCalls[Bisection]:
+    work: CausalTrace | Edit | Evaluation | Derivation | Bisection | Measurement,
+) -> (
+    WorkCalls[CausalTrace]
+    | WorkCalls[Edit]
+    | WorkCalls[Evaluation]
+    | WorkCalls[Derivation]
+    | WorkCalls[Bisection]
+    | WorkCalls[Measurement]
+):
     """The calls of the kind of work that this is."""
     match work:
         case CausalTrace():
@@ -44,6 +55,8 @@ def calls_of(
             return DERIVATIONS
         case Bisection():
             return BISECTIONS
+        case Measurement():
+            return MEASUREMENTS
 
 
 class _Seen(Generic[W]):

@@ -44,7 +44,7 @@ def prompt(given: PromptLike, field: str) -> common_pb2.Prompt:
     """A prompt, or plain text, for the wire."""
     if isinstance(given, str):
         return common_pb2.Prompt(text=given)
-    return common_pb2.Prompt(text=given.text, images=_images(given.images, f"{field}.images"), raw=given.raw)
+    return common_pb2.Prompt(text=given.text, images=images(given.images, f"{field}.images"), raw=given.raw)
 
 
 def edit_requests(given: Sequence[EditRequest]) -> list[edit_pb2.EditRequest]:
@@ -65,7 +65,7 @@ def contexts(given: Sequence[Context], field: str) -> list[common_pb2.Context]:
     return [
         common_pb2.Context(
             prompt=prompt(each.prompt, f"{field}[{i}].prompt"),
-            constraint=_constraint(each.constraint),
+            constraint=constraint(each.constraint),
             answer=each.answer,
             subject=each.subject,
         )
@@ -93,12 +93,12 @@ def questions(given: Sequence[TracedQuestion]) -> list[trace_pb2.TracedQuestion]
 
 
 def _question(given: TracedQuestion, field: str) -> trace_pb2.TracedQuestion:
-    others = _images(given.other_images, f"{field}.other_images.images")
+    others = images(given.other_images, f"{field}.other_images.images")
     if others and given.substitute is not None:
         raise InvalidInputError.at(field, "both a substitute and other images are given; give one corruption")
     question = trace_pb2.TracedQuestion(
         prompt=prompt(given.prompt, f"{field}.prompt"),
-        constraint=_constraint(given.constraint),
+        constraint=constraint(given.constraint),
         answer=given.answer,
         other_images=trace_pb2.OtherImages(images=others) if others else None,
     )
@@ -151,12 +151,14 @@ def _known(kind: type[E], given: str, field: str) -> E:
     return kind(given)
 
 
-def _constraint(given: str | Constraint) -> common_pb2.Constraint:
+def constraint(given: str | Constraint) -> common_pb2.Constraint:
+    """A constraint, or its text."""
     constraint = Constraint(given) if isinstance(given, str) else given
     return common_pb2.Constraint(text=constraint.text, occurrence=constraint.occurrence)
 
 
-def _images(given: "ImageLike | Sequence[ImageLike]", field: str) -> list[common_pb2.Image]:
+def images(given: "ImageLike | Sequence[ImageLike]", field: str) -> list[common_pb2.Image]:
+    """One image or several, read."""
     # A path and bytes are sequences too, so only a list or tuple means several.
     several = given if isinstance(given, (list, tuple)) else [given]
     return [image_message(each, f"{field}[{i}]") for i, each in enumerate(several)]

@@ -23,8 +23,9 @@ from transformers import (
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from errata.editor.errors import ModelError, NonFiniteWeightsError, UnsafeCheckpointError
-from errata.editor.families import FAMILIES, unknown
+from errata.editor.families import FAMILIES, family_of, unknown
 from errata.editor.model import EditableModel
+from errata.editor.unfamiliar import check_unfamiliar
 
 ATLAS = "atlas"
 """The name of the model that ships with Errata."""
@@ -54,12 +55,13 @@ def load_model(
     except (OSError, ValueError) as error:
         raise ModelError(f"no model can be read at {path!r}: {error}") from error
     architecture = (config.architectures or [config.model_type])[0]
-    family = next((f for f in FAMILIES if architecture in f.architectures), None)
-    if family is None:
-        raise unknown(architecture)
+    cls: Any = getattr(transformers, architecture, None)
+    if cls is None:
+        raise unknown(architecture, "transformers has no model of that name")
+    with torch.device("meta"):
+        family = family_of(cls(config))
     weights = weight_files(path)
     base_sha256 = hash_files(weights)
-    cls: Any = getattr(transformers, architecture)
     try:
         model, loading = cls.from_pretrained(path, dtype=dtype, use_safetensors=True, output_loading_info=True)
     except (OSError, RuntimeError, ValueError) as error:
@@ -68,13 +70,16 @@ def load_model(
         # transformers would go on with random numbers in their place.
         raise ModelError(f"{path!r} lacks {len(missing)} of the tensors of {architecture}: {', '.join(missing[:3])} …")
     _refuse_non_finite(model.named_parameters(), path)
-    return EditableModel(
+    loaded = EditableModel(
         name=str(source),
         model=model.to(device).eval().requires_grad_(False),
         processor=_processor(path, multimodal=family.image_token_id(model) is not None),
         family=family,
         base_sha256=base_sha256,
     )
+    if family not in FAMILIES:
+        check_unfamiliar(loaded)
+    return loaded
 
 
 def hash_files(weights: Iterable[Path]) -> str:
@@ -138,6 +143,9 @@ def _processor(path: str, *, multimodal: bool) -> ProcessorMixin | PreTrainedTok
         # Never asked for on the terminal either: what lies beside the weights could run code.
         reader = AutoProcessor if multimodal else AutoTokenizer
         return reader.from_pretrained(path, trust_remote_code=False)
+    except ImportError as error:
+        said = " ".join(str(error).split())
+        raise ModelError(f"the processor at {path!r} needs a package that is not installed: {said}") from error
     except (OSError, ValueError) as error:
         what = "processor" if multimodal else "tokenizer"
         raise ModelError(f"{path!r} holds weights but no readable {what}: {error}") from error

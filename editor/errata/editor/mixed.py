@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from errata.editor.delta import Delta, check_base
+from errata.editor.delta import Delta, LowRank, check_base
 from errata.editor.errors import DeltaError
 from errata.editor.model import EditableModel
 
@@ -49,10 +49,21 @@ def replica(model: EditableModel) -> EditableModel:
 
 @dataclass(frozen=True, slots=True)
 class _Factors:
-    """ΔW = bᵀ a of one version at one layer, in float32 on the model's device."""
+    """ΔW = bᵀ a of one version at one layer, in float32 on the model's device.
 
-    a: Float[Tensor, "rank m"]
-    b: Float[Tensor, "rank d"]
+    Both in one tensor, row by row: each further one would take a kilobyte beside its numbers, and there are many.
+    """
+
+    both: Float[Tensor, "rank m_and_d"]
+    m: int
+
+    @property
+    def a(self) -> Float[Tensor, "rank m"]:
+        return self.both[:, : self.m]
+
+    @property
+    def b(self) -> Float[Tensor, "rank d"]:
+        return self.both[:, self.m :]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -64,7 +75,7 @@ class VersionFactors:
     @property
     def nbytes(self) -> int:
         """Bytes of all factors."""
-        return sum(f.a.nbytes + f.b.nbytes for f in self.layers.values())
+        return sum(f.both.nbytes for f in self.layers.values())
 
 
 def version_factors(model: EditableModel, deltas: Sequence[Delta]) -> VersionFactors:
@@ -85,12 +96,11 @@ def version_factors(model: EditableModel, deltas: Sequence[Delta]) -> VersionFac
     if any(low.rank > low.b.shape[0] for low in lineage.layers.values()):
         lineage = lineage.compressed()
 
-    def placed(factor: Tensor) -> Tensor:
-        return factor.detach().to(model.device, torch.float32).contiguous()
+    def placed(low: LowRank) -> _Factors:
+        both = torch.cat([low.a.detach(), low.b.detach().T], dim=1)
+        return _Factors(both.to(model.device, torch.float32), low.a.shape[1])
 
-    return VersionFactors(
-        layers={i: _Factors(placed(low.a), placed(low.b.T)) for i, low in lineage.layers.items() if low.rank}
-    )
+    return VersionFactors(layers={i: placed(low) for i, low in lineage.layers.items() if low.rank})
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,12 +185,15 @@ class MixedDeltas:
         def hook(_module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
             if self._rows is None or not (products := self._rows.products.get(layer)):
                 return None
-            if len(output) != self._rows.count:
-                raise ValueError(f"a batch of {len(output)} rows runs as {self._rows.count} versions; stack them again")
-            changed = output.to(torch.float32)
+            count = self._rows.count
+            # Some layers run their MLP on all tokens in one row.
+            keys, changed = (x if x.dim() == 3 else x.reshape(count, -1, x.shape[-1]) for x in (args[0], output))
+            if len(changed) != count:
+                raise ValueError(f"a batch of {len(changed)} rows runs as {count} versions; stack them again")
+            changed = changed.to(torch.float32)
             for product in products:
-                changed = product.added(args[0], changed)
-            return changed.to(output.dtype)
+                changed = product.added(keys, changed)
+            return changed.to(output.dtype).view(output.shape)
 
         return hook
 

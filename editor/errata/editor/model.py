@@ -4,12 +4,14 @@ Turns prompts into token ids, finds the constraint's tokens, and answers. Knows 
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
 from jaxtyping import Int
+from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
@@ -27,7 +29,9 @@ class Encoded:
     """A prompt, and the answer after it if there is one, as one row of tokens.
 
     `spans[t]` are the characters of token t in the prompt's own text; None for tokens of the template, the image
-    and the answer. `vision` holds what the tower takes (`pixel_values` and its like), batch first.
+    and the answer. `images[i]` are the tokens from the first to the last of image i. `vision` holds what the tower
+    takes (`pixel_values` and its like), whose first axis is the row's images or their patches. `token_types` holds
+    what else the model is told of each token of the prompt.
     """
 
     ids: Int[Tensor, " tokens"]
@@ -35,6 +39,12 @@ class Encoded:
     spans: tuple[tuple[int, int] | None, ...] = field(repr=False)
     images: tuple[range, ...]
     vision: dict[str, Tensor] = field(repr=False)
+    token_types: dict[str, Int[Tensor, " prompt_tokens"]] = field(repr=False, default_factory=dict)
+
+    @property
+    def shape(self) -> tuple[int, Hashable]:
+        """The tokens, and what else rows must have in common to share a batch without padding."""
+        return len(self.ids), (len(self.images), *((name, x.shape[1:]) for name, x in sorted(self.vision.items())))
 
     @property
     def answer(self) -> Int[Tensor, " answer_tokens"]:
@@ -57,9 +67,7 @@ class Encoded:
 
     def replaced(self, ids: Tensor) -> "Encoded":
         """The same row with other token ids of the same length."""
-        return Encoded(
-            ids=ids, prompt_length=self.prompt_length, spans=self.spans, images=self.images, vision=self.vision
-        )
+        return replace(self, ids=ids)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,33 +139,36 @@ class EditableModel:
         Raises PromptError for images a model cannot take and for more tokens than its context holds, and TargetError
         for an answer without tokens.
         """
+        return next(self.encode_each(prompt, (answer,)))
+
+    def encode_each(self, prompt: Prompt, answers: Iterable[str | None]) -> Iterator[Encoded]:
+        """What `encode` gives for each of the answers; the prompt and its images are read once."""
         text, after = self._rendered(prompt)
         special = not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))
-        vision: dict[str, Tensor] = {}
-        each = 1
-        if prompt.images:
-            vision = dict(self.processor(text=[text], images=list(prompt.images), return_tensors="pt"))
-            expected = vision.pop("input_ids")[0]
-            vision.pop("attention_mask", None)
-            text, each = self._expanded(text, expected, len(prompt.images))
-        tokens = self.tokenizer(text, return_offsets_mapping=True, add_special_tokens=special)
-        ids = torch.tensor(tokens["input_ids"])
-        if prompt.images and not torch.equal(ids, expected):
+        read = self._processed(text, prompt.images, special) if prompt.images else _Read(text=text, laid_out=text)
+        tokens = self.tokenizer(read.text, return_offsets_mapping=True, add_special_tokens=special)
+        ids, offsets = torch.tensor(tokens["input_ids"]), tokens["offset_mapping"]
+        if read.ids is not None and not torch.equal(ids, read.ids):
             raise PromptError(
                 "the processor's tokens do not agree with the tokenizer's after image expansion; this processor "
                 "needs a model family of its own",
                 field="prompt.images",
             )
-        spans = self._spans(prompt.text, text, after, each, tokens["offset_mapping"])
-        ending = self._answer_ids(text, answer, special, prompt.chat) if answer is not None else ids[:0]
-        self._check_length(len(ids), len(ending))
-        return Encoded(
-            ids=torch.cat([ids, ending]),
-            prompt_length=len(ids),
-            spans=(*spans, *(None for _ in ending)),
-            images=self._image_runs(ids, each),
-            vision=vision,
-        )
+        self._check_length(prompt, len(ids))
+        own = read.characters(prompt.text, self.placeholder, after)
+        spans = tuple(_span([own[c] for c in range(a, b) if c in own]) for a, b in offsets)
+        images = tuple(self._image_run(ids, offsets, image) for image in read.images)
+        for answer in answers:
+            ending = ids[:0] if answer is None else self._answer_ids(read.text, answer, special, prompt.chat)
+            self._check_length(prompt, len(ids), len(ending))
+            yield Encoded(
+                ids=torch.cat([ids, ending]),
+                prompt_length=len(ids),
+                spans=(*spans, *(None for _ in ending)),
+                images=images,
+                vision=read.vision,
+                token_types=read.token_types,
+            )
 
     def encode_at(self, context: Context, answer: str | None = None, *, field: str) -> tuple[Encoded, int]:
         """The context's prompt as `encode` makes it, and its constraint's last token; errors name `field`'s part."""
@@ -218,30 +229,39 @@ class EditableModel:
 
     def inputs(self, batch: Sequence[Encoded]) -> dict[str, Tensor]:
         """What the model's forward takes for rows of one length."""
-        vision = {k: torch.cat([e.vision[k] for e in batch if e.vision]) for k in batch[0].vision}
+        vision = {k: torch.cat([e.vision[k] for e in batch]) for k in batch[0].vision}
         ids = torch.stack([e.ids for e in batch])
+        types = {
+            k: torch.stack([self._typed(e.token_types[k], len(e.ids)) for e in batch]) for k in batch[0].token_types
+        }
         cast = {k: v.to(self.model.dtype) if v.is_floating_point() else v for k, v in vision.items()}
-        return {k: v.to(self.device) for k, v in {"input_ids": ids, **cast}.items()}
+        return {k: v.to(self.device) for k, v in {"input_ids": ids, **types, **cast}.items()}
 
-    def _check_length(self, prompt: int, answer: int) -> None:
-        """Raises PromptError where so many tokens of prompt and answer, or of the prompt and one more, do not fit."""
+    def _typed(self, types: Int[Tensor, " prompt_tokens"], tokens: int) -> Int[Tensor, " tokens"]:
+        """Of a row that goes on with an answer."""
+        more = types.new_full((max(0, tokens - len(types)),), self.family.answer_token_type)
+        return torch.cat([types, more])[:tokens]
+
+    def _check_length(self, prompt: Prompt, tokens: int, answer: int = 0) -> None:
+        """Raises PromptError where a prompt of so many tokens and its answer, or one token more, do not fit."""
         holds = self.context_length
-        if holds is not None and prompt >= holds:
+        if holds is None or tokens + max(1, answer) <= holds:
+            return
+        shown = f'the prompt "{prompt.text[:40]}…" has {tokens} tokens, those of images included'
+        if tokens >= holds:
             raise PromptError(
-                f"the prompt has {prompt} tokens, those of images included; the context of {self.name!r} holds {holds} "
-                "with the answer; shorten it",
-                field="prompt.text",
+                f"{shown}; the context of {self.name!r} holds {holds} with the answer; shorten it", field="prompt.text"
             )
-        if holds is not None and prompt + answer > holds:
-            raise PromptError(
-                f"the answer has {answer} tokens and the prompt {prompt}, those of images included; the context of "
-                f"{self.name!r} holds {holds}; shorten them",
-                field="target",
-            )
+        raise PromptError(
+            f"{shown}, and its answer {answer}; the context of {self.name!r} holds {holds}; shorten them",
+            field="target",
+        )
 
     def _rendered(self, prompt: Prompt) -> tuple[str, int]:
         """The prompt in its template with one placeholder an image, and the characters that follow its own text."""
-        placeholder = self._placeholder(prompt)
+        placeholder = self.placeholder
+        if prompt.images and placeholder is None:
+            raise PromptError(f"{self.name!r} is a text-only model; drop the image", field="prompt.images")
         inline = placeholder is not None and placeholder in prompt.text
         if inline and prompt.text.count(placeholder or "") != len(prompt.images):
             raise PromptError(
@@ -271,45 +291,45 @@ class EditableModel:
         conversation = [{"role": "user", "content": content}]
         return str(self.processor.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True))
 
-    def _placeholder(self, prompt: Prompt) -> str | None:
+    @property
+    def placeholder(self) -> str | None:
+        """What stands for an image in a prompt's text; None for a text-only model."""
         if self.image_token_id is None:
-            if prompt.images:
-                raise PromptError(f"{self.name!r} is a text-only model; drop the image", field="prompt.images")
             return None
-        return str(self.tokenizer.convert_ids_to_tokens(self.image_token_id))
+        token = getattr(self.processor, "image_token", None)
+        return str(token or self.tokenizer.convert_ids_to_tokens(self.image_token_id))
 
-    def _expanded(self, text: str, ids: Tensor, images: int) -> tuple[str, int]:
-        """The text with each placeholder repeated as often as an image has tokens, and how often that is."""
-        assert self.image_token_id is not None
-        placeholder = str(self.tokenizer.convert_ids_to_tokens(self.image_token_id))
-        total = int(ids.eq(self.image_token_id).sum())
-        if text.count(placeholder) != images or total % images:
+    def _processed(self, text: str, images: Sequence[Image.Image], special: bool) -> "_Read":
+        """What the processor makes of a text with one placeholder an image."""
+        processor, given = cast(Any, self.processor), {"text": [text], "images": list(images)}
+        if text.count(self.placeholder or "") != len(images):
             raise PromptError(
-                f"{images} image(s) for {text.count(placeholder)} placeholder(s) in {text!r}", field="prompt.images"
+                f"{len(images)} image(s) for {text.count(self.placeholder or '')} placeholder(s) in {text!r}",
+                field="prompt.images",
             )
-        each = total // images
-        return text.replace(placeholder, placeholder * each), each
+        found = processor(**given, **_READING, add_special_tokens=special)
+        expansions = found.pop("text_replacement_offsets")[0]
+        laid_out = processor.prepare_inputs_layout(**given)[1][0]
+        expanded, at = "", 0
+        for expansion in expansions:
+            start, end = expansion["span"]
+            expanded, at = expanded + laid_out[at:start] + expansion["replacement"], end
+        ids = found.pop("input_ids")[0]
+        return _Read(
+            text=expanded + laid_out[at:],
+            laid_out=laid_out,
+            placeholders=tuple(e["span"] for e in expansions),
+            images=tuple(e["new_span"] for e in expansions),
+            ids=ids,
+            vision={k: v for k, v in found.items() if k not in _PER_TOKEN and isinstance(v, Tensor)},
+            token_types={k: v[0] for k, v in found.items() if k.endswith("token_type_ids")},
+        )
 
-    def _spans(
-        self, own: str, text: str, after: int, each: int, offsets: Sequence[tuple[int, int]]
-    ) -> list[tuple[int, int] | None]:
-        """For each token the characters of the prompt's own text it carries, None where it carries none.
-
-        `text` ends with the prompt's own text, each placeholder `each` times, and `after` characters of the template.
-        """
-        placeholder = str(self.tokenizer.convert_ids_to_tokens(self.image_token_id)) if self.image_token_id else ""
-        pieces = own.split(placeholder) if placeholder else [own]
-        where: dict[int, int] = {}
-        at, at_own = len(text) - after, len(own)
-        for piece in reversed(pieces):
-            at, at_own = at - len(piece), at_own - len(piece)
-            where |= {at + i: at_own + i for i in range(len(piece))}
-            at, at_own = at - len(placeholder) * each, at_own - len(placeholder)
-        spans: list[tuple[int, int] | None] = []
-        for a, b in offsets:
-            inside = [where[c] for c in range(a, b) if c in where]
-            spans.append((inside[0], inside[-1] + 1) if inside else None)
-        return spans
+    def _image_run(self, ids: Tensor, offsets: Sequence[tuple[int, int]], image: tuple[int, int]) -> range:
+        """The tokens from the first to the last of an image that became these characters."""
+        within = [t for t, (a, b) in enumerate(offsets) if image[0] <= a and b <= image[1] and b > a]
+        tokens = [t for t in within if ids[t] == self.image_token_id]
+        return range(tokens[0], tokens[-1] + 1)
 
     def _answer_ids(self, text: str, answer: str, special: bool, chat: bool) -> Tensor:
         if not answer.strip():
@@ -328,19 +348,87 @@ class EditableModel:
             ids = [*ids, self.end_token_id]
         return torch.tensor(ids)
 
-    def _image_runs(self, ids: Tensor, each: int) -> tuple[range, ...]:
-        """The tokens of each image, `each` of them; images may stand side by side."""
-        if self.image_token_id is None:
-            return ()
-        tokens = (ids == self.image_token_id).nonzero().flatten().tolist()
-        return tuple(range(t, t + each) for t in tokens[::each])
+
+_READING = {"return_tensors": "pt", "return_text_replacement_offsets": True}
+_PER_TOKEN = ("attention_mask", "labels", "token_type_ids", "mm_token_type_ids")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Read:
+    """A rendered prompt as a processor reads it: `laid_out` with one placeholder an image, `text` with the images' own.
+
+    `placeholders` are the characters of each placeholder in `laid_out`, `images` those of what it became in `text`.
+    """
+
+    text: str
+    laid_out: str
+    placeholders: tuple[tuple[int, int], ...] = ()
+    images: tuple[tuple[int, int], ...] = ()
+    ids: Tensor | None = None
+    vision: dict[str, Tensor] = field(default_factory=dict)
+    token_types: dict[str, Tensor] = field(default_factory=dict)
+
+    def characters(self, own: str, placeholder: str | None, after: int) -> Mapping[int, int]:
+        """Where in the prompt's own text each character of `text` stands that is from there.
+
+        The own text is the last in `laid_out` but for `after` characters of the template, and what a processor adds.
+        """
+        where: dict[int, int] = {}
+        at, at_own = len(self.laid_out) - after, len(own)
+        pieces = own.split(placeholder) if placeholder else [own]
+        for n, piece in enumerate(reversed(pieces)):
+            if n and placeholder:
+                at, at_own = self.laid_out.rindex(placeholder, 0, at), at_own - len(placeholder)
+            at, at_own = self.laid_out.rindex(piece, 0, at), at_own - len(piece)
+            grown = self._grown(at)
+            where |= {grown + at + i: at_own + i for i in range(len(piece))}
+        return where
+
+    def _grown(self, at: int) -> int:
+        """By how many characters the images before a character of `laid_out` are longer than their placeholders."""
+        spans = zip(self.placeholders, self.images, strict=True)
+        return sum((d - c) - (b - a) for (a, b), (c, d) in spans if b <= at)
+
+
+def _span(characters: Sequence[int]) -> tuple[int, int] | None:
+    return (characters[0], characters[-1] + 1) if characters else None
+
+
+class ReadPositions:
+    """The positions that the decoder was last told, which are not everywhere those of the tokens in their row."""
+
+    def __init__(self) -> None:
+        self._ids: Tensor | None = None
+
+    def hear(self, _decoder: nn.Module, _args: tuple[Any, ...], given: dict[str, Any]) -> None:
+        """A hook before the decoder runs."""
+        self._ids = given.get("position_ids")
+
+    def ahead(self, rows: int, tokens: int) -> Int[Tensor, " rows"]:
+        """By how much the position of each row's next token is larger than the `tokens` it has."""
+        if self._ids is None:
+            return torch.zeros(rows, dtype=torch.long)
+        # Where positions have several dimensions, an image's width and height, text goes on behind the largest.
+        last = self._ids.amax(-1) if self._ids.dim() < 3 else self._ids.amax((0, -1))
+        return (last + 1 - tokens).expand(rows)
+
+
+@contextmanager
+def reading_positions(model: EditableModel) -> Iterator[ReadPositions]:
+    """While open, what positions the decoder is told is kept: a row that is decoded further goes on from there."""
+    read = ReadPositions()
+    handle = model.family.decoder_of(model.model).register_forward_pre_hook(read.hear, with_kwargs=True)
+    try:
+        yield read
+    finally:
+        handle.remove()
 
 
 def by_length(encoded: Sequence[Encoded], limit: int) -> list[list[int]]:
-    """Indices of rows that can share a batch without padding: one length, as many images, at most `limit` rows."""
-    groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+    """Indices of rows that can share a batch without padding: of one `Encoded.shape`, at most `limit` rows."""
+    groups: dict[Hashable, list[int]] = defaultdict(list)
     for i, row in enumerate(encoded):
-        groups[len(row.ids), len(row.images)].append(i)
+        groups[row.shape].append(i)
     return [rows[i : i + limit] for rows in groups.values() for i in range(0, len(rows), limit)]
 
 

@@ -4,6 +4,9 @@ Attention is causal, so what a model computes at a token depends on nothing afte
 recorded one only from token s and layer ℓ on is therefore *started* there: the keys and values of the tokens before
 s are taken from the recording, and the layers below ℓ are not run at all. Many such runs ride in one batch of rows.
 
+Where a model attends both ways, over an image or over the whole prompt, a run starts at the first token of that block,
+so that nothing before it sees what differs. The masks are those that the model itself passed to its layers.
+
 Architecture invariant: this module calls the model's own layers with the arguments that the model itself passed
 them. It holds no arithmetic of any family but the attention over (recorded prefix, own suffix).
 """
@@ -12,15 +15,16 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from transformers import AttentionInterface, DynamicCache
+from transformers import AttentionInterface, Cache, DynamicCache
 
+from errata.editor.errors import InvalidInputError, ModelError
 from errata.editor.model import EditableModel, Encoded, by_length
 
 _POSITIONAL = ("position_embeddings", "position_ids", "cache_position")
@@ -37,11 +41,17 @@ class Component(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recording:
-    """What one forward pass left behind of one row. Everything but `kv` holds the tokens from `start` on."""
+    """What one forward pass left behind of one row: `outputs` and `keys` of the tokens from `start` on.
+
+    `begin` is where a run from `start` begins (`begin_of`). `inputs` are those from there on, and so is `injected`:
+    what the model adds to the stream between a layer and the next, such as image features.
+    """
 
     row: Encoded
     start: int
+    begin: int
     inputs: Float[Tensor, "layers suffix d"]
+    injected: Mapping[int, Float[Tensor, "suffix d"]]
     outputs: Mapping[Component, Float[Tensor, "layers suffix d"]]
     keys: Mapping[int, Float[Tensor, "suffix m"]]
     """Inputs of the down-projections of the layers asked for."""
@@ -52,6 +62,10 @@ class Recording:
     def length(self) -> int:
         """Tokens of the whole row."""
         return len(self.row.ids)
+
+    def begin_of(self, start: int) -> int:
+        """The last token up to `start` before which nothing sees itself or more: `start`, if attention is causal."""
+        return _begin(self.calls[0].get("attention_mask"), start)
 
 
 def record(
@@ -86,28 +100,44 @@ def _record(
     key_layers: Sequence[int],
     resumable: bool,
 ) -> list[Recording]:
-    low = min(starts)
+    rows, low = len(batch), 0
+    begins: list[int] = []
     inputs: list[Tensor] = []
+    injected: dict[int, Tensor] = {}
     calls: list[Mapping[str, Any]] = []
     outputs: dict[Component, list[Tensor]] = {c: [] for c in components}
     keys: dict[int, Tensor] = {}
+    left: list[Tensor] = []
 
     def on_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        nonlocal low
         bound = inspect.signature(layer.forward).bind(*args, **kwargs)
         call = {**{k: v for k, v in bound.arguments.items() if k != "kwargs"}, **bound.arguments.get("kwargs", {})}
-        inputs.append(call.pop("hidden_states")[:, low:].clone())
+        hidden = call.pop("hidden_states")
+        if not calls:
+            mask = call.get("attention_mask")
+            begins.extend(_begin(_row_of("attention_mask", mask, b), s) for b, s in enumerate(starts))
+            low = min(begins)
+        elif hidden is not left[0] and not torch.equal(hidden, left[0]):
+            injected[len(calls) - 1] = (hidden - left[0])[:, low:]
+        inputs.append(hidden[:, low:].clone())
         calls.append(call)
 
+    def on_layer_output(_layer: nn.Module, _args: Any, output: Any) -> None:
+        left[:] = [_first(output)]
+
     def on_output(component: Component) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda _module, _args, output: outputs[component].append(_first(output)[:, low:].clone())
+        return lambda _module, _args, output: outputs[component].append(by_row(_first(output), rows)[:, low:].clone())
 
     def on_key(index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _module, args: keys.__setitem__(index, args[0][:, low:].clone())
+        return lambda _module, args: keys.__setitem__(index, by_row(args[0], rows)[:, low:].clone())
 
-    cache = DynamicCache(config=model.model.config.get_text_config())
+    # Not made from the config: a sliding cache forgets what a run started in the middle needs.
+    cache = DynamicCache()
     with ExitStack() as hooks, torch.no_grad():
         for index, layer in enumerate(model.layers):
             hooks.enter_context(_hook(layer.register_forward_pre_hook(on_layer, with_kwargs=True)))
+            hooks.enter_context(_hook(layer.register_forward_hook(on_layer_output)))
             for component in components:
                 module = component_module(model, layer, component)
                 hooks.enter_context(_hook(module.register_forward_hook(on_output(component))))
@@ -125,13 +155,15 @@ def _record(
         Recording(
             row=row,
             start=start,
-            inputs=stacked[:, b, start - low :],
+            begin=begin,
+            inputs=stacked[:, b, begin - low :],
+            injected={i: x[b, begin - low :] for i, x in injected.items()},
             outputs={c: o[:, b, start - low :] for c, o in stacked_outputs.items()},
             keys={i: k[b, start - low :] for i, k in keys.items()},
             kv=[(keys[b], values[b]) for keys, values in states],
             calls=[{k: _row_of(k, v, b) for k, v in call.items()} for call in calls],
         )
-        for b, (row, start) in enumerate(zip(batch, starts, strict=True))
+        for b, (row, start, begin) in enumerate(zip(batch, starts, begins, strict=True))
     ]
 
 
@@ -142,15 +174,20 @@ class Suffix:
     several, row r continues recording r. Rows shorter than the longest are padded on the right, where causality
     keeps the padding from reaching anything.
 
+    `begins` are the tokens that the rows begin with, `offsets` where in its row each of `starts` stands: 0 but where
+    attention sees ahead (`Recording.begin_of`).
+
     Use as a context manager: while open, the decoder's attention is Errata's.
     """
 
     def __init__(self, model: EditableModel, recordings: Sequence[Recording], starts: Sequence[int]) -> None:
         self._model = model
-        self._recordings, self._starts = recordings, starts
-        self.lengths = [r.length - s for r, s in zip(recordings, starts, strict=True)]
+        self._recordings = recordings
+        self.begins = [r.begin_of(s) for r, s in zip(recordings, starts, strict=True)]
+        self.offsets = [s - b for s, b in zip(starts, self.begins, strict=True)]
+        self.lengths = [r.length - b for r, b in self._rows()]
         self.width = max(self.lengths)
-        self._prefix = max(starts)
+        self._prefix = max(self.begins)
         self._valid = self._prefix_mask()
         # Put together on first use: a value's descent runs the same layers many times.
         self._prefixes: dict[int, _Prefix] = {}
@@ -166,7 +203,12 @@ class Suffix:
 
     def inputs(self, layer: int) -> Float[Tensor, "rows suffix d"]:
         """The recorded inputs of a layer, one row a recording, padded with zeros."""
-        rows = [r.inputs[layer, s - r.start :] for r, s in zip(self._recordings, self._starts, strict=True)]
+        return self._padded([r.inputs[layer, b - r.begin :] for r, b in self._rows()])
+
+    def _rows(self) -> Iterator[tuple[Recording, int]]:
+        return zip(self._recordings, self.begins, strict=True)
+
+    def _padded(self, rows: Sequence[Float[Tensor, "suffix d"]]) -> Float[Tensor, "rows suffix d"]:
         return torch.stack([nn.functional.pad(r, (0, 0, 0, self.width - len(r))) for r in rows])
 
     def run(
@@ -174,38 +216,73 @@ class Suffix:
         layer: int,
         hidden: Float[Tensor, "rows suffix d"],
         hooks: Mapping[Component, Callable[[Tensor], Tensor]] | None = None,
+        blocked: Bool[Tensor, "rows suffix tokens"] | None = None,
     ) -> Float[Tensor, "rows suffix d"]:
-        """One layer's output. `hooks` change the output of its MLP, attention block or whole."""
+        """One layer's output. `hooks` change the output of its MLP, attention block or whole.
+
+        `blocked[r, i, j]` forbids the i-th token of row r's suffix to attend to token j; the last axis runs over the
+        longest prefix and then over the suffix. What comes after a token is forbidden anyway. Raises
+        InvalidInputError where a token would have nothing left to attend to, itself included: its state would be NaN.
+        """
         module = self._model.layers[layer]
         hooks = hooks or {}
-        token = _PREFIX.set(self._prefix_of(layer))
+        prefix = self._prefix_of(layer)
+        prefix = prefix if blocked is None else replace(prefix, blocked=self._checked(blocked, prefix))
+        token = _PREFIX.set(prefix)
         try:
             with ExitStack() as open_hooks:
                 for component in (Component.ATTENTION, Component.MLP):
                     if component in hooks:
                         target = component_module(self._model, module, component)
-                        open_hooks.enter_context(changed_output(target, hooks[component]))
-                out = _first(module(hidden, **self._call(layer)))
+                        open_hooks.enter_context(changed_output(target, _on_rows(hooks[component], len(hidden))))
+                out = _first(module(hidden, **self._call(layer, prefix, hidden.dtype)))
         finally:
             _PREFIX.reset(token)
-        return hooks[Component.LAYER](out) if Component.LAYER in hooks else out
+        out = hooks[Component.LAYER](out) if Component.LAYER in hooks else out
+        return self._with_injected(layer, out)
+
+    def _with_injected(self, layer: int, out: Float[Tensor, "rows suffix d"]) -> Float[Tensor, "rows suffix d"]:
+        """What the model adds between this layer and the next does not depend on the run."""
+        if not any(layer in r.injected for r in self._recordings):
+            return out
+        nothing = out.new_zeros(1, out.shape[-1])
+        return out + self._padded([r.injected.get(layer, nothing)[b - r.begin :] for r, b in self._rows()])
 
     def logits(self, hidden: Float[Tensor, "... d"]) -> Float[Tensor, "... vocabulary"]:
         """The head's logits, in float32, from outputs of the last layer."""
-        normed = self._model.family.final_norm_of(self._model.model)(hidden)
-        head: Tensor = self._model.model.get_output_embeddings()(normed)
-        return head.float()
+        return logits_of(self._model, hidden)
 
-    def _call(self, layer: int) -> dict[str, Any]:
+    def _checked(
+        self, blocked: Bool[Tensor, "rows suffix tokens"], prefix: "_Prefix"
+    ) -> Bool[Tensor, "rows suffix tokens"]:
+        """`blocked`, if it leaves every token something to attend to."""
+        alone = (prefix.hidden(self.width) | blocked).all(-1)
+        if alone.any():
+            row, position = (int(i) for i in alone.nonzero()[0])
+            raise InvalidInputError(
+                f"token {position} of the suffix of row {row} has nothing left to attend to, and its state would be "
+                "NaN; let every token attend at least to itself",
+                field="blocked",
+            )
+        return blocked
+
+    def _call(self, layer: int, prefix: "_Prefix", dtype: torch.dtype) -> dict[str, Any]:
         """The arguments the model passed to this layer, for these rows from their starts on."""
         if layer not in self._calls:
             own = dict(self._recordings[0].calls[layer])
             for name in _POSITIONAL:
                 if own.get(name) is not None:
                     own[name] = self._from_starts(layer, name)
-            own |= {"attention_mask": None, "past_key_values": _PassThrough(), "use_cache": False}
+            cache = _SharedPrefix() if _shares(self._model) else _JoinedPrefix()
+            # Families differ in the name by which a layer takes its cache.
+            own |= {name: cache for name, value in own.items() if isinstance(value, Cache)}
+            own |= {"attention_mask": None, "use_cache": False}
             self._calls[layer] = own
-        return self._calls[layer]
+        if _shares(self._model):
+            return self._calls[layer]
+        hidden = prefix.hidden(self.width) if prefix.blocked is None else prefix.hidden(self.width) | prefix.blocked
+        bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
+        return self._calls[layer] | {"attention_mask": bias.masked_fill_(hidden, torch.finfo(dtype).min)[:, None]}
 
     def _from_starts(self, layer: int, name: str) -> Any:
         def cut(value: Any, start: int) -> Any:
@@ -214,7 +291,7 @@ class Suffix:
             piece = value[start:]
             return torch.cat([piece, piece[-1:].expand(self.width - len(piece), *piece.shape[1:])])
 
-        rows = [cut(r.calls[layer][name], s) for r, s in zip(self._recordings, self._starts, strict=True)]
+        rows = [cut(r.calls[layer][name], b) for r, b in self._rows()]
         if isinstance(rows[0], tuple):
             return tuple(torch.stack(parts) for parts in zip(*rows, strict=True))
         return torch.stack(rows)
@@ -224,19 +301,48 @@ class Suffix:
             return nn.functional.pad(x[:, :start], (0, 0, 0, self._prefix - start))
 
         if layer not in self._prefixes:
-            pairs = [(r.kv[layer], s) for r, s in zip(self._recordings, self._starts, strict=True)]
+            pairs = [(r.kv[layer], b) for r, b in self._rows()]
             self._prefixes[layer] = _Prefix(
-                keys=torch.stack([padded(kv[0], s) for kv, s in pairs]),
-                values=torch.stack([padded(kv[1], s) for kv, s in pairs]),
+                keys=torch.stack([padded(kv[0], b) for kv, b in pairs]),
+                values=torch.stack([padded(kv[1], b) for kv, b in pairs]),
                 valid=self._valid,
+                unseen=self._unseen(layer),
             )
         return self._prefixes[layer]
 
     def _prefix_mask(self) -> Tensor | None:
-        if len(set(self._starts)) == 1:
+        if len(set(self.begins)) == 1:
             return None
-        starts = torch.tensor(self._starts, device=self._model.device)
-        return torch.arange(self._prefix, device=self._model.device) < starts[:, None]
+        begins = torch.tensor(self.begins, device=self._model.device)
+        return torch.arange(self._prefix, device=self._model.device) < begins[:, None]
+
+    def _unseen(self, layer: int) -> Bool[Tensor, "rows suffix tokens"] | None:
+        """What the model's own mask hides; None where it passed none, for plain causal attention."""
+        masks: list[Tensor | None] = [r.calls[layer].get("attention_mask") for r in self._recordings]
+        if all(mask is None for mask in masks):
+            return None
+        # A row that is shorter than a sliding window is passed none.
+        causal = [
+            torch.ones(r.length, r.length, dtype=torch.bool, device=self._model.device).tril() for r in self._recordings
+        ]
+        seen = [c if mask is None else _seen(mask) for mask, c in zip(masks, causal, strict=True)]
+        return torch.stack([self._unseen_of(s, b) for s, b in zip(seen, self.begins, strict=True)])
+
+    def _unseen_of(self, seen: Bool[Tensor, "tokens tokens"], begin: int) -> Bool[Tensor, "suffix tokens"]:
+        """Padded: no token sees the padding of the prefix, and padding after the row's end sees only itself."""
+        own = len(seen) - begin
+        unseen = ~torch.eye(self.width, dtype=torch.bool, device=seen.device)
+        unseen = torch.cat([torch.ones(self.width, self._prefix, dtype=torch.bool, device=seen.device), unseen], dim=1)
+        unseen[:own, :begin] = ~seen[begin:, :begin]
+        unseen[:own, self._prefix : self._prefix + own] = ~seen[begin:, begin:]
+        return unseen
+
+
+def logits_of(model: EditableModel, hidden: Float[Tensor, "... d"]) -> Float[Tensor, "... vocabulary"]:
+    """The head's logits, in float32, from outputs of the last layer, or of any other as if it were the last."""
+    head: Tensor = model.model.get_output_embeddings()(model.family.final_norm_of(model.model)(hidden))
+    cap = getattr(model.family.decoder_of(model.model).config, "final_logit_softcapping", None)
+    return head.float() if cap is None else ((head / cap).tanh() * cap).float()
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,16 +350,41 @@ class _Prefix:
     keys: Float[Tensor, "rows kv_heads prefix h"]
     values: Float[Tensor, "rows kv_heads prefix h"]
     valid: Bool[Tensor, "rows prefix"] | None
+    unseen: Bool[Tensor, "rows suffix tokens"] | None
+    blocked: Bool[Tensor, "rows suffix tokens"] | None = None
+
+    def hidden(self, suffix: int) -> Bool[Tensor, "rows suffix tokens"]:
+        """What each token of a suffix of so many may not attend to, but for what is `blocked`."""
+        if self.unseen is not None:
+            return self.unseen
+        prefix = self.keys.shape[2]
+        later = torch.ones(suffix, prefix + suffix, dtype=torch.bool, device=self.keys.device).triu(prefix + 1)[None]
+        return later if self.valid is None else later | nn.functional.pad(~self.valid, (0, suffix))[:, None]
 
 
 _PREFIX: ContextVar[_Prefix] = ContextVar("prefix")
 
 
-class _PassThrough:
+class _SharedPrefix:
     """Stands where a layer expects its cache: the suffix's own keys and values, unchanged."""
 
     def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         return keys, values
+
+
+class _JoinedPrefix:
+    """The same for layers whose attention is their own alone: the prefix is copied to every row."""
+
+    def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        prefix = _PREFIX.get()
+        before = (x.expand(len(keys), -1, -1, -1) for x in (prefix.keys, prefix.values))
+        joined = [torch.cat(parts, dim=2) for parts in zip(before, (keys, values), strict=True)]
+        return joined[0], joined[1]
+
+
+def _shares(model: EditableModel) -> bool:
+    """Whether the decoder's layers attend through the interface that `_prefixed_attention` is registered with."""
+    return bool(getattr(model.family.decoder_of(model.model), "_supports_attention_backend", False))
 
 
 def _prefixed_attention(
@@ -264,9 +395,11 @@ def _prefixed_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Float[Tensor, "rows suffix heads h"], None]:
-    """Causal attention over a recorded prefix and the rows' own suffix, in one softmax.
+    """Attention over a recorded prefix and the rows' own suffix, in one softmax; causal unless the model hid more.
 
     A shared prefix is multiplied once with the queries of all rows, and never copied to them.
     """
@@ -276,15 +409,33 @@ def _prefixed_attention(
     scale = width**-0.5 if scaling is None else scaling
     grouped = (query * scale).unflatten(1, (kv_heads, heads // kv_heads)).flatten(2, 3)  # rows, kv heads, g·s, h
     past = _against(grouped, prefix.keys.transpose(-1, -2))
-    if prefix.valid is not None:
-        past = past.masked_fill(~prefix.valid[:, None, None], -torch.inf)
-    own = (grouped @ key.transpose(-1, -2)).unflatten(2, (-1, suffix))
-    later = torch.ones(suffix, suffix, dtype=torch.bool, device=query.device).triu(1)
-    own = own.masked_fill(later, -torch.inf).flatten(2, 3)
-    weights = torch.cat([past, own], dim=-1).softmax(-1, dtype=torch.float32).to(query.dtype)
+    own = grouped @ key.transpose(-1, -2)
+    if softcap is not None:
+        past, own = ((x / softcap).tanh() * softcap for x in (past, own))
+    if prefix.unseen is not None:
+        scores = _masked(torch.cat([past, own], dim=-1), prefix.unseen)
+    elif sliding_window is not None and before + suffix > sliding_window:
+        raise ModelError("the model passes its layers no mask for its sliding window; load it with attention 'sdpa'")
+    else:
+        if prefix.valid is not None:
+            past = past.masked_fill(~prefix.valid[:, None, None], -torch.inf)
+        later = torch.ones(suffix, suffix, dtype=torch.bool, device=query.device).triu(1)
+        scores = torch.cat([past, _masked(own, later[None])], dim=-1)
+    if prefix.blocked is not None:
+        scores = _masked(scores, prefix.blocked)
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     out = _against(weights[..., :before], prefix.values) + weights[..., before:] @ value
     joined: Tensor = out.unflatten(2, (-1, suffix)).flatten(1, 2).transpose(1, 2)
     return joined, None
+
+
+def _masked(
+    scores: Float[Tensor, "rows k gs tokens"], hidden: Bool[Tensor, "rows_or_1 suffix tokens"]
+) -> Float[Tensor, "rows k gs tokens"]:
+    """−∞ where `hidden`, for the queries of every group of heads."""
+    by_group = scores.unflatten(2, (-1, hidden.shape[1]))
+    masked: Tensor = by_group.masked_fill(hidden[:, None, None], -torch.inf).flatten(2, 3)
+    return masked
 
 
 def _against(x: Float[Tensor, "rows k a b"], shared: Float[Tensor, "rows_or_1 k b c"]) -> Float[Tensor, "rows k a c"]:
@@ -305,7 +456,8 @@ def _attention_of(model: EditableModel) -> Iterator[None]:
     """While open, the decoder's layers attend with `_prefixed_attention`."""
     config = model.family.decoder_of(model.model).config
     before = config._attn_implementation
-    config._attn_implementation = _NAME
+    if _shares(model):
+        config._attn_implementation = _NAME
     try:
         yield
     finally:
@@ -347,10 +499,36 @@ def _first(output: Any) -> Tensor:
     return first
 
 
+def by_row(state: Tensor, rows: int) -> Float[Tensor, "rows tokens d"]:
+    """A module's state row by row, where its layer ran it on all tokens in one row."""
+    return state if state.dim() == 3 else state.unflatten(0, (rows, -1))
+
+
+def _on_rows(change: Callable[[Tensor], Tensor], rows: int) -> Callable[[Tensor], Tensor]:
+    return lambda output: change(by_row(output, rows)).view(output.shape)
+
+
 def _row_of(name: str, value: Any, row: int) -> Any:
     """Row `row` of a layer argument that has one entry a token; other arguments as they are."""
-    if name not in _POSITIONAL or value is None:
+    if name not in (*_POSITIONAL, "attention_mask") or value is None:
         return value
     if isinstance(value, tuple):
         return tuple(_row_of(name, v, row) for v in value)
     return value if value.dim() == 1 else value[min(row, value.shape[0] - 1)]
+
+
+def _seen(mask: Float[Tensor, "1 tokens tokens"] | Bool[Tensor, "1 tokens tokens"]) -> Bool[Tensor, "tokens tokens"]:
+    """What each token sees, of a mask as models pass it to their layers: Booleans, or what is added to the scores."""
+    return mask[0] if mask.dtype == torch.bool else mask[0] > torch.finfo(mask.dtype).min / 2
+
+
+def _begin(mask: Tensor | None, start: int) -> int:
+    """The last token up to `start` before which no token sees it or what follows it."""
+    if mask is None or start == 0:
+        return start
+    seen = _seen(mask)[:start]
+    columns = torch.arange(seen.shape[1], device=seen.device)
+    furthest = torch.where(seen, columns, -1).amax(1).cummax(0).values.tolist()
+    while start and furthest[start - 1] >= start:
+        start -= 1
+    return start

@@ -6,12 +6,12 @@ p(restored) − p(corrupted).
 
 The sweep computes exactly what restoring each site on the full model would, at a fraction of the work. For a token
 t, every restored run equals the corrupted one before t and below its window, so the runs of t start there: they
-share the corrupted run's keys and values, and ride in one batch that grows as it climbs the layers.
+share the corrupted run's keys and values, and ride in one batch that grows as it climbs the layers (`restoring`).
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import numpy as np
 import torch
@@ -20,10 +20,30 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from errata.editor.errors import CancelledError, CorruptionFailedError, InvalidInputError, PromptError
+from errata.editor.errors import CorruptionFailedError, InvalidInputError, PromptError
 from errata.editor.model import EditableModel, Encoded
 from errata.editor.prompts import Constraint, Prompt
+from errata.editor.restoring import AnswerReader, Probabilities, Restoration, Restorer, window_of
 from errata.editor.states import Component, Recording, Suffix, record
+
+__all__ = [
+    "ROLES",
+    "AveragedTrace",
+    "CausalTrace",
+    "CleanRun",
+    "CorruptedRun",
+    "Corruption",
+    "OtherImage",
+    "Probabilities",
+    "Progress",
+    "Substitution",
+    "TraceRequest",
+    "TraceSettings",
+    "average",
+    "corrupted_row",
+    "trace",
+    "window_of",
+]
 
 Progress = Callable[[int, int], None]
 """Called with the steps done and the steps in all."""
@@ -77,14 +97,6 @@ class TraceSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Probabilities:
-    """Of the answer's first token, and of the whole answer including its end."""
-
-    first: float
-    whole: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class CausalTrace:
     """The effects of every site of one question.
 
@@ -115,6 +127,164 @@ class CausalTrace:
         return effects
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorruptedRun:
+    """A corrupted run of a question.
+
+    `tokens` are those of its corrupted constraints, `first` the first traced one whose states differ from the clean
+    run's.
+    """
+
+    recording: Recording
+    probabilities: Probabilities
+    tokens: tuple[int, ...]
+    first: int
+
+
+class CleanRun:
+    """The clean run of one question, recorded once, against which any corruption and any window is traced.
+
+    `spans` are the tokens of each constraint; what is kept starts at the first of them, `start`.
+    Raises ConstraintNotFoundError, and PromptError or TargetError for what cannot be encoded.
+    """
+
+    def __init__(
+        self,
+        model: EditableModel,
+        prompt: Prompt,
+        constraints: Sequence[Constraint],
+        answer: str | None,
+        components: Sequence[Component],
+    ) -> None:
+        self._model, self._prompt = model, prompt
+        self.components = tuple(components)
+        self.answer = answer if answer is not None else model.generate([prompt])[0].text
+        self.row = model.encode(prompt, self.answer)
+        self.spans = tuple(self.row.positions(*c.span(prompt.text)) for c in constraints)
+        self.start = min(s.start for s in self.spans)
+        self.recording = self._recorded(self.row, self.components)
+        self.reader = AnswerReader(model, self.row)
+        self.probabilities = self.reader.recorded(self.recording)
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """The tokens whose states are restored, from the first constraint's first one to the prompt's last one."""
+        ids = self.row.ids[self.start : self.row.prompt_length].tolist()
+        return tuple(str(self._model.tokenizer.decode([i])) for i in ids)
+
+    def corrupt(self, corruptions: Sequence[Corruption | None], *, min_total_effect: float) -> CorruptedRun:
+        """The same question with its constraints made wrong, each as given; None: it stays as it is.
+
+        Raises PromptError where the corrupted prompt would not align with the clean one, CorruptionFailedError where
+        the answer stays about as likely.
+        """
+        spoilt = [(s, c) for s, c in zip(self.spans, corruptions, strict=True) if c is not None]
+        recording = self._recorded(corrupted_row(self._model, self._prompt, self.row, spoilt), ())
+        probabilities = self.reader.recorded(recording)
+        self.check(probabilities, min_total_effect)
+        # An image stands before all that is traced, or among it.
+        before = any(isinstance(c, OtherImage) for _, c in spoilt)
+        return CorruptedRun(
+            recording=recording,
+            probabilities=probabilities,
+            tokens=tuple(sorted(t for span, _ in spoilt for t in span)),
+            first=self.start if before else max(self.start, recording.begin_of(min(s.start for s, _ in spoilt))),
+        )
+
+    def trace(
+        self,
+        corrupted: CorruptedRun,
+        windows: Sequence[int],
+        *,
+        max_rows: int,
+        progress: Progress | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> tuple[CausalTrace, ...]:
+        """One trace for each window, all in one climb of batches of `max_rows`. Raises CancelledError."""
+        restored, restored_first = self._sweep(corrupted, windows, max_rows, progress, cancelled)
+        return tuple(
+            CausalTrace(
+                question=self._prompt.text,
+                answer=self.answer,
+                tokens=self.tokens,
+                constraint=tuple(t - self.start for t in corrupted.tokens),
+                window=window,
+                components=self.components,
+                clean=self.probabilities,
+                corrupted=corrupted.probabilities,
+                restored=restored[w],
+                restored_first=restored_first[w],
+            )
+            for w, window in enumerate(windows)
+        )
+
+    def together(
+        self, corrupted: CorruptedRun, tokens: Sequence[int], window: int, *, max_rows: int
+    ) -> Float[NDArray[np.float64], "components layers"]:
+        """p(whole answer) after restoring a window of layers at all of `tokens` at once."""
+        layers, start = len(self._model.layers), min(tokens)
+        sites = [
+            [
+                Restoration(
+                    component=c, layers=window_of(layer, window, layers), tokens=tuple(t - start for t in tokens)
+                )
+                for layer in range(layers)
+            ]
+            for c in self.components
+        ]
+        restore = Restorer(clean=self.recording, reader=self.reader, max_rows=max_rows)
+        suffix = Suffix(self._model, [corrupted.recording], [start])
+        with suffix, torch.no_grad():
+            found = restore(suffix, start, suffix.inputs, chain.from_iterable(sites), layers)
+        return np.array([[found[run].whole for run in of_component] for of_component in sites])
+
+    def check(self, corrupted: Probabilities, least: float) -> None:
+        """Raises CorruptionFailedError where the total effect on the whole answer is below `least`."""
+        clean, effect = self.probabilities.whole, self.probabilities.whole - corrupted.whole
+        if effect < least:
+            raise CorruptionFailedError(
+                f"the corruption does not corrupt: p({self.answer!r}) is {clean:.3f} clean and "
+                f"{corrupted.whole:.3f} corrupted (total effect {effect:.3f}, needed {least}); choose another "
+                "substitute or image, or an answer the model believes"
+            )
+
+    def _recorded(self, row: Encoded, components: Sequence[Component]) -> Recording:
+        # The answer's last token predicts nothing that is asked for.
+        return record(self._model, [row.replaced(row.ids[:-1])], [self.start], components=components)[0]
+
+    def _sweep(
+        self,
+        corrupted: CorruptedRun,
+        windows: Sequence[int],
+        max_rows: int,
+        progress: Progress | None,
+        cancelled: Callable[[], bool] | None,
+    ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """p(whole answer) and p(first token), windows × components × layers × tokens, restored token by token.
+
+        What stands before the first corrupted token is clean already: restoring it changes nothing.
+        """
+        layers, first, last = len(self._model.layers), corrupted.first, self.row.prompt_length
+        shape = (len(windows), len(self.components), layers, last - self.start)
+        whole, early = np.full(shape, corrupted.probabilities.whole), np.full(shape, corrupted.probabilities.first)
+        sites = {
+            (w, c, layer): Restoration(component=component, layers=window_of(layer, window, layers))
+            for w, window in enumerate(windows)
+            for c, component in enumerate(self.components)
+            for layer in range(layers)
+        }
+        restore = Restorer(clean=self.recording, reader=self.reader, max_rows=max_rows, cancelled=cancelled)
+        for t in range(first, last):
+            suffix = Suffix(self._model, [corrupted.recording], [t])
+            with suffix, torch.no_grad():
+                found = restore(suffix, t, suffix.inputs, sites.values(), layers)
+            for site, run in sites.items():
+                whole[*site, t - self.start], early[*site, t - self.start] = found[run].whole, found[run].first
+            if progress:
+                progress(t - first + 1, last - first)
+        return whole, early
+
+
 def trace(
     model: EditableModel,
     request: TraceRequest,
@@ -128,155 +298,51 @@ def trace(
     Raises ConstraintNotFoundError, PromptError where a corrupted prompt would not align with the clean one,
     CorruptionFailedError where the corruption leaves the answer about as likely, CancelledError.
     """
-    answer = request.answer if request.answer is not None else model.generate([request.prompt])[0].text
-    clean_row = model.encode(request.prompt, answer)
-    constraint = clean_row.positions(*request.constraint.span(request.prompt.text))
-    corrupted_row = _corrupted(model, request, clean_row, answer, constraint)
-    start = constraint.start
-    # The answer's last token predicts nothing that is asked for.
-    rows = [r.replaced(r.ids[:-1]) for r in (clean_row, corrupted_row)]
-    clean, corrupted = (
-        record(model, [r], [start], components=c)[0] for r, c in zip(rows, (settings.components, ()), strict=True)
+    clean = CleanRun(model, request.prompt, (request.constraint,), request.answer, settings.components)
+    corrupted = clean.corrupt((request.corruption,), min_total_effect=settings.min_total_effect)
+    traces = clean.trace(
+        corrupted, (settings.window,), max_rows=settings.max_rows, progress=progress, cancelled=cancelled
     )
-    measure = _Measure(model, clean_row)
-    p_clean, p_corrupted = (measure.recorded(r) for r in (clean, corrupted))
-    if p_clean.whole - p_corrupted.whole < settings.min_total_effect:
-        raise CorruptionFailedError(
-            f"the corruption does not corrupt: p({answer!r}) is {p_clean.whole:.3f} clean and "
-            f"{p_corrupted.whole:.3f} corrupted (total effect {p_clean.whole - p_corrupted.whole:.3f}, needed "
-            f"{settings.min_total_effect}); choose another substitute or image, or an answer the model believes"
+    return traces[0]
+
+
+def corrupted_row(
+    model: EditableModel, prompt: Prompt, clean: Encoded, corruptions: Sequence[tuple[range, Corruption]]
+) -> Encoded:
+    """The clean row with the constraints at the given tokens made wrong, as long as before.
+
+    Raises PromptError where it would not be.
+    """
+    row = clean
+    for tokens, corruption in corruptions:
+        match corruption:
+            case Substitution(word=word):
+                row = row.replaced(_substituted(model, row, tokens, word))
+            case OtherImage(images=images):
+                row = replace(row, vision=_of_other_images(model, prompt, clean, images).vision)
+    return row
+
+
+def _substituted(model: EditableModel, row: Encoded, tokens: range, word: str) -> Tensor:
+    if not word.strip():
+        raise PromptError("the substitute is empty; give a wrong constraint", field="corruption.word")
+    ids = row.ids.clone()
+    # As the word would stand in a sentence: with the space before it.
+    ids[tokens.start : tokens.stop] = model.tokenizer(" " + word.strip(), add_special_tokens=False)["input_ids"][0]
+    return ids
+
+
+def _of_other_images(model: EditableModel, prompt: Prompt, clean: Encoded, images: tuple[Image.Image, ...]) -> Encoded:
+    if not prompt.images:
+        raise PromptError("the prompt has no image to exchange; corrupt by substitution", field="corruption")
+    other = model.encode(Prompt(text=prompt.text, images=images, chat=prompt.chat))
+    if other.prompt_length != clean.prompt_length:
+        raise PromptError(
+            f"the other image makes the prompt {other.prompt_length} tokens long instead of {clean.prompt_length}; "
+            "give one of the same size",
+            field="corruption.images",
         )
-    last = clean_row.prompt_length
-    shape = (len(settings.components), len(model.layers), last - start)
-    restored, restored_first = np.zeros(shape), np.zeros(shape)
-    for t in range(start, last):
-        for sites, probabilities in _sweep(model, clean, corrupted, t, settings, measure, cancelled):
-            for (c, layer), p in zip(sites, probabilities, strict=True):
-                restored[c, layer, t - start], restored_first[c, layer, t - start] = p.whole, p.first
-        if progress:
-            progress(t - start + 1, last - start)
-    return CausalTrace(
-        question=request.prompt.text,
-        answer=answer,
-        tokens=tuple(str(model.tokenizer.decode([i])) for i in clean_row.ids[start:last].tolist()),
-        constraint=tuple(t - start for t in constraint),
-        window=settings.window,
-        components=settings.components,
-        clean=p_clean,
-        corrupted=p_corrupted,
-        restored=restored,
-        restored_first=restored_first,
-    )
-
-
-def window_of(layer: int, window: int, layers: int) -> range:
-    """The layers restored together under `layer`: `window` of them centred on it, cut at the model's ends."""
-    low = layer - window // 2
-    return range(max(0, low), min(layers, low + window))
-
-
-class _Measure:
-    """Reads the answer's probabilities from the last layer's outputs."""
-
-    def __init__(self, model: EditableModel, row: Encoded) -> None:
-        self._model, self._answer = model, row.answer.to(model.device)
-        self._first = row.prompt_length - 1
-
-    def recorded(self, recording: Recording) -> Probabilities:
-        suffix = Suffix(self._model, [recording], [recording.start])
-        with suffix, torch.no_grad():
-            top = len(self._model.layers) - 1
-            hidden = suffix.run(top, suffix.inputs(top))
-            return self.of(suffix, hidden, recording.start)[0]
-
-    def of(self, suffix: Suffix, hidden: Float[Tensor, "rows suffix d"], start: int) -> list[Probabilities]:
-        """Of each row, whose first token stands at `start`."""
-        at = self._first - start
-        logits = suffix.logits(hidden[:, at : at + len(self._answer)])
-        chosen = logits.log_softmax(-1).gather(-1, self._answer.expand(len(hidden), -1).unsqueeze(-1)).squeeze(-1)
-        whole, first = chosen.double().sum(-1).exp(), chosen[:, 0].double().exp()
-        return [Probabilities(first=f, whole=w) for f, w in zip(first.tolist(), whole.tolist(), strict=True)]
-
-
-def _corrupted(model: EditableModel, request: TraceRequest, clean: Encoded, answer: str, constraint: range) -> Encoded:
-    match request.corruption:
-        case Substitution(word=word):
-            if not word.strip():
-                raise PromptError("the substitute is empty; give a wrong constraint", field="corruption.word")
-            ids = clean.ids.clone()
-            # As the word would stand in a sentence: with the space before it.
-            ids[constraint.start : constraint.stop] = model.tokenizer(" " + word.strip(), add_special_tokens=False)[
-                "input_ids"
-            ][0]
-            return clean.replaced(ids)
-        case OtherImage(images=images):
-            if not request.prompt.images:
-                raise PromptError("the prompt has no image to exchange; corrupt by substitution", field="corruption")
-            other = model.encode(Prompt(text=request.prompt.text, images=images, chat=request.prompt.chat), answer)
-            if len(other.ids) != len(clean.ids):
-                raise PromptError(
-                    f"the other image makes the prompt {len(other.ids)} tokens long instead of {len(clean.ids)}; "
-                    "give one of the same size",
-                    field="corruption.images",
-                )
-            return other
-
-
-def _sweep(
-    model: EditableModel,
-    clean: Recording,
-    corrupted: Recording,
-    token: int,
-    settings: TraceSettings,
-    measure: _Measure,
-    cancelled: Callable[[], bool] | None,
-) -> Any:
-    """Restores every site of one token, in batches of at most `max_rows` rows."""
-    layers = len(model.layers)
-    sites = [(c, layer) for layer in range(layers) for c in range(len(settings.components))]
-    suffix = Suffix(model, [corrupted], [token])
-    with suffix, torch.no_grad():
-        for i in range(0, len(sites), settings.max_rows):
-            if cancelled and cancelled():
-                raise CancelledError("the causal trace was cancelled; nothing was changed")
-            batch = sites[i : i + settings.max_rows]
-            hidden = _climb(suffix, clean, token, batch, settings, layers)
-            yield batch, measure.of(suffix, hidden, token)
-
-
-def _climb(
-    suffix: Suffix,
-    clean: Recording,
-    token: int,
-    sites: Sequence[tuple[int, int]],
-    settings: TraceSettings,
-    layers: int,
-) -> Float[Tensor, "sites suffix d"]:
-    """The last layer's outputs of the runs restored at `sites`, (component, layer) pairs in order of layer."""
-    windows = [window_of(layer, settings.window, layers) for _, layer in sites]
-    hidden = suffix.inputs(0)[:0]
-    for layer in range(windows[0].start, layers):
-        joining = sum(w.start == layer for w in windows)
-        hidden = torch.cat([hidden, suffix.inputs(layer).expand(joining, -1, -1)])
-        hooks = {}
-        for c, component in enumerate(settings.components):
-            rows = [r for r in range(len(hidden)) if sites[r][0] == c and layer in windows[r]]
-            if rows:
-                value = clean.outputs[component][layer, token - clean.start]
-                hooks[component] = _put(rows, value)
-        hidden = suffix.run(layer, hidden, hooks)
-    return hidden
-
-
-def _put(rows: list[int], value: Float[Tensor, " d"]) -> Callable[[Tensor], Tensor]:
-    """Sets the first token of the given rows."""
-
-    def change(output: Tensor) -> Tensor:
-        changed = output.clone()
-        changed[rows, 0] = value
-        return changed
-
-    return change
+    return other
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -205,7 +205,7 @@ def _start(
             output = recording.outputs[Component.MLP][layer, 0].float()
             outputs[row.request] += output
             own[row.request] += output.norm()
-            stream[row.request] += recording.inputs[layer, 0].float().norm()
+            stream[row.request] += recording.inputs[layer, recording.start - recording.begin].float().norm()
             count[row.request] += 1
     return outputs / count, (torch.maximum(own, stream) / count).squeeze(1)
 
@@ -228,6 +228,7 @@ class _RowBatch:
         if not rows:
             return
         self._suffix = Suffix(model, recordings, [r.site for r in rows])
+        self._sites = torch.tensor(self._suffix.offsets, device=model.device)
         self.request = torch.tensor([r.request for r in rows], device=model.device)
         self.preserved = torch.tensor([r.preserved for r in rows], device=model.device)
         self._answer, self._at = self._answers(rows)
@@ -257,7 +258,9 @@ class _RowBatch:
         hidden = self._suffix.inputs(self._layer)
         with self._suffix as suffix:
             for layer in range(self._layer, len(self._model.layers)):
-                puts = {Component.MLP: _putting(values)} if values is not None and layer == self._layer else {}
+                puts = {}
+                if values is not None and layer == self._layer:
+                    puts = {Component.MLP: _putting(values, self._sites)}
                 hidden = suffix.run(layer, hidden, puts)
             rows = torch.arange(len(hidden), device=hidden.device)[:, None]
             return suffix.logits(hidden[rows, self._at]).log_softmax(-1)
@@ -270,15 +273,15 @@ class _RowBatch:
         for i, row in enumerate(rows):
             n = len(row.encoded.answer)
             ids[i, :n] = row.encoded.answer
-            at[i, :n] = torch.arange(n) + row.encoded.prompt_length - 1 - row.site
+            at[i, :n] = torch.arange(n) + row.encoded.prompt_length - 1 - self._suffix.begins[i]
         return ids.to(self._model.device), at.to(self._model.device)
 
 
-def _putting(values: Float[Tensor, "rows d"]) -> Callable[[Tensor], Tensor]:
-    """Makes each row's v* the MLP's output at the row's first token, where its constraint ends."""
+def _putting(values: Float[Tensor, "rows d"], sites: Int[Tensor, " rows"]) -> Callable[[Tensor], Tensor]:
+    """Makes each row's v* the MLP's output at the row's site, where its constraint ends."""
 
     def change(output: Tensor) -> Tensor:
-        return torch.cat([values[:, None].to(output.dtype), output[:, 1:]], dim=1)
+        return output.index_put((torch.arange(len(sites), device=sites.device), sites), values.to(output.dtype))
 
     return change
 

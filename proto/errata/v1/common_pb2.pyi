@@ -100,7 +100,8 @@ class Prompt(_message.Message):
     IMAGES_FIELD_NUMBER: _builtins.int
     RAW_FIELD_NUMBER: _builtins.int
     text: _builtins.str
-    """What the user says. Required, not blank. It may hold the model's image placeholder (`<image>`), once an image;
+    """What the user says. Required, not blank, at most 200,000 characters, as every text of this API that says no less.
+    It may hold the model's image placeholder (`<image>`), once an image;
     otherwise the images stand before the text.
     """
     raw: _builtins.bool
@@ -206,8 +207,8 @@ class Progress(_message.Message):
     DONE_FIELD_NUMBER: _builtins.int
     TOTAL_FIELD_NUMBER: _builtins.int
     stage: _builtins.str
-    """What is being done: "queued", "loading", "tracing", "statistics", "values", "solve", "conflicts",
-    "bisect", "evaluate", "publish".
+    """What is being done: "queued", "loading", "tracing", "measuring", "drawing", "statistics", "values", "solve",
+    "conflicts", "bisect", "evaluate", "publish".
     """
     done: _builtins.int
     """Steps of this stage that are done."""

@@ -1,4 +1,4 @@
-"""`python -m errata.server`: serves; brings the ledger up to date; hands out tokens; shows MLflow's pages.
+"""`python -m errata.server`: serves; updates the ledger; hands out tokens; shows MLflow's pages; runs studies.
 
 Options stand over the environment (ERRATA_…), and that over the file named by `--config`.
 """
@@ -17,12 +17,14 @@ from errata.editor.errors import ErrataError
 from errata.server.logs import log_to
 from errata.server.security import ALL_MODELS, roles_from
 from errata.server.settings import PREFIX, Settings, load_settings
+from errata.server.studies.command import studies
 
 cli = typer.Typer(
     help="The Errata server.", no_args_is_help=False, pretty_exceptions_enable=False, add_completion=False
 )
 tokens = typer.Typer(help="Callers' tokens.", no_args_is_help=True)
 cli.add_typer(tokens, name="tokens")
+cli.add_typer(studies, name="study")
 
 Config = Annotated[Path | None, typer.Option("--config", help="A TOML file with settings.")]
 LogLevel = Literal["DEBUG", "INFO", "WARNING", "ERROR"]

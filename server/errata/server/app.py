@@ -45,6 +45,7 @@ from errata.server.services.export import ExportService
 from errata.server.services.history import HistoryService
 from errata.server.services.inference import InferenceService
 from errata.server.services.jobs import Queue
+from errata.server.services.measurements import MeasurementService
 from errata.server.services.models import ModelService
 from errata.server.services.traces import TraceService
 from errata.server.services.watching import Watches
@@ -61,6 +62,8 @@ from errata.v1 import (
     history_pb2_grpc,
     inference_pb2,
     inference_pb2_grpc,
+    measurement_pb2,
+    measurement_pb2_grpc,
     model_pb2,
     model_pb2_grpc,
     trace_pb2,
@@ -100,6 +103,7 @@ _SERVICES = tuple(
         (inference_pb2, "InferenceService"),
         (export_pb2, "ExportService"),
         (history_pb2, "HistoryService"),
+        (measurement_pb2, "MeasurementService"),
     )
 )
 """Ours by their full names; the first needs no model in memory."""
@@ -256,7 +260,8 @@ class Server:
             changed=self._health.changed,
             observer=self._metrics.engine,
         )
-        self._decoder = Decoder(ImagePolicy.of(settings))
+        images = ImagePolicy.of(settings)
+        self._job_decoder, self._decoder = Decoder(images), Decoder(images.within_budget())
         self._runner = self._make_runner()
         self.gate = Gate(
             Authenticator(stores.ledger.caller if settings.auth else None),
@@ -314,7 +319,7 @@ class Server:
             stores.deltas,
             stores.artifacts,
             stores.publish,
-            self._decoder,
+            self._job_decoder,
             events=self.events,
             worker_threads=self._settings.worker_threads,
             ended=self._metrics.job_ended,
@@ -344,6 +349,8 @@ class Server:
         export_pb2_grpc.add_ExportServiceServicer_to_server(exports, server)
         history = HistoryService(queue, self._decoder, stores.deltas)
         history_pb2_grpc.add_HistoryServiceServicer_to_server(history, server)
+        measurements = MeasurementService(queue, self._decoder, stores.artifacts)
+        measurement_pb2_grpc.add_MeasurementServiceServicer_to_server(measurements, server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health.servicer, server)
         reflection.enable_server_reflection((*_SERVICES, "grpc.health.v1.Health", reflection.SERVICE_NAME), server)
 

@@ -7,9 +7,13 @@ import base64
 import binascii
 import os
 import stat
+import weakref
+from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import BoundedSemaphore, Lock
 from typing import Self
 from urllib.parse import unquote, unquote_to_bytes, urlsplit
 
@@ -18,8 +22,45 @@ from PIL import Image
 from errata.editor.errors import ImageError
 from errata.editor.images import ImageLimits, open_image
 from errata.server.download import DownloadError, download
+from errata.server.errors import BusyError
 from errata.server.settings import Settings
 from errata.v1 import common_pb2
+
+_DECODERS = 4
+"""Images decoded at once: each takes several times its own memory for a moment."""
+
+_CALLS_WORTH = 3
+"""Full calls whose images fit in memory together: each image is there twice while its prompt is made."""
+
+_RETRY_SECONDS = 1.0
+
+
+class PixelBudget:
+    """The pixels of all images that a server's calls hold together, 3 bytes of memory each. Safe from any thread.
+
+    A few kilobytes can be an image of many megabytes, and many calls can wait with theirs.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.decoding = BoundedSemaphore(_DECODERS)
+        self._most, self._held = most, 0
+        self._lock = Lock()
+        self._gone: deque[int] = deque()  # an image can end in any thread, at any moment: also under the lock
+
+    def hold(self, image: Image.Image) -> None:
+        """Counts an image for as long as it lives. Raises BusyError where it is one too many."""
+        pixels = image.width * image.height
+        with self._lock:
+            while self._gone:
+                self._held -= self._gone.popleft()
+            if self._held + pixels > self._most:
+                raise BusyError(
+                    "the images of the calls being answered fill the memory that there is for them; come back in a "
+                    "moment, or send smaller images",
+                    retry_after=_RETRY_SECONDS,
+                )
+            self._held += pixels
+        weakref.finalize(image, self._gone.append, pixels)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,15 +68,17 @@ class ImagePolicy:
     """Which images are taken.
 
     `schemes` are those of URIs. `file:` images must lie below `folders`, links followed. `private_addresses` lets
-    `http` and `https` reach this machine and private networks. `request_pixels` bounds all images of one call.
+    `http` and `https` reach this machine and private networks. `request_pixels` bounds all images of one call, and
+    `budget` those of all calls at once; None for work that something else bounds.
     """
 
-    limits: ImageLimits = field(default_factory=lambda: ImageLimits(max_bytes=10_000_000, max_pixels=50_000_000))
+    limits: ImageLimits = field(default_factory=lambda: ImageLimits(max_bytes=10_000_000, max_pixels=25_000_000))
     schemes: frozenset[str] = frozenset()
     folders: tuple[Path, ...] = ()
     private_addresses: bool = False
     timeout_seconds: float = 10.0
-    request_pixels: int = 500_000_000
+    request_pixels: int = 250_000_000
+    budget: PixelBudget | None = None
 
     @classmethod
     def of(cls, settings: Settings) -> Self:
@@ -49,9 +92,23 @@ class ImagePolicy:
             request_pixels=settings.max_request_pixels,
         )
 
+    def within_budget(self) -> Self:
+        """The same policy for calls, which come as they like, with a budget for all of them."""
+        return replace(self, budget=PixelBudget(_CALLS_WORTH * self.request_pixels))
+
     def open(self, image: common_pb2.Image, field: str) -> Image.Image:
-        """The decoded image, upright, RGB. Raises ImageError."""
-        return open_image(self.encoded(image, field), field=_source(image, field), limits=self.limits)
+        """The decoded image, upright, RGB. Raises ImageError, BusyError."""
+        encoded = self.encoded(image, field)
+        with self.budget.decoding if self.budget else nullcontext():
+            found = open_image(encoded, field=_source(image, field), limits=self.limits)
+            self.hold(found)
+        return found
+
+    def hold(self, *images: Image.Image) -> None:
+        """Counts images that a call holds. Raises BusyError where they are too many."""
+        if self.budget:
+            for image in images:
+                self.budget.hold(image)
 
     def for_call(self) -> Callable[[common_pb2.Image, str], Image.Image]:
         """Opens the images of one call, which share `request_pixels`: small files can hold much."""

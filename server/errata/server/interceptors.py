@@ -9,6 +9,7 @@ import inspect
 import logging
 import re
 import secrets
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from time import perf_counter
@@ -19,13 +20,18 @@ from google.protobuf.message import DecodeError, Message
 from google.rpc import status_pb2
 
 from errata.editor.errors import ErrataError
-from errata.server.errors import DrainingError, MalformedError, NotFoundError, reason_of
+from errata.server.errors import BusyError, DrainingError, MalformedError, NotFoundError, reason_of
 from errata.server.metrics import Metrics
 from errata.server.security import OPEN, Authenticator, RateLimiter, authorize
 from errata.server.services.calls import Context, called_by
 from errata.server.status import code_from, internal, retry_after, status_of, trailing_metadata
 
 _log = logging.getLogger(__name__)
+
+_MOST_OF_A_CALLER = 400
+"""Calls of one caller that are answered at once, fewer than the server answers: watches and streams may stay open."""
+
+_RETRY_SECONDS = 1.0
 
 _NAMING = ("name", "parent", "version", "first", "bad")
 """The fields that name what a request is about."""
@@ -40,10 +46,17 @@ class Gate(grpc.aio.ServerInterceptor):
     """Stands before every handler."""
 
     def __init__(
-        self, authenticator: Authenticator, limiter: RateLimiter, metrics: Metrics, *, max_message_bytes: int
+        self,
+        authenticator: Authenticator,
+        limiter: RateLimiter,
+        metrics: Metrics,
+        *,
+        max_message_bytes: int,
+        most_of_a_caller: int = _MOST_OF_A_CALLER,
     ) -> None:
         self._authenticator, self._limiter, self._metrics = authenticator, limiter, metrics
-        self._most = max_message_bytes
+        self._most, self._most_of_a_caller = max_message_bytes, most_of_a_caller
+        self._present: Counter[str] = Counter()
         self._draining = False
         self._working, self._idle = 0, asyncio.Event()
         self._idle.set()
@@ -55,6 +68,21 @@ class Gate(grpc.aio.ServerInterceptor):
     async def idle(self) -> None:
         """Waits until no call is being answered, but those about the server itself."""
         await self._idle.wait()
+
+    def _enter(self, caller: str) -> None:
+        if self._present[caller] >= self._most_of_a_caller:
+            raise BusyError(
+                f"{self._present[caller]} calls of {caller or 'callers without a name'} are being answered; end some, "
+                "streams and watches that nobody reads for instance",
+                retry_after=_RETRY_SECONDS,
+            )
+        self._present[caller] += 1
+
+    def _leave(self, caller: str | None) -> None:
+        if caller is not None:
+            self._present[caller] -= 1
+            if not self._present[caller]:
+                del self._present[caller]
 
     def _count(self, change: int) -> None:
         self._working += change
@@ -131,6 +159,7 @@ class Gate(grpc.aio.ServerInterceptor):
             call.reason = reason_of(error) if isinstance(error, ErrataError) else "INTERNAL"
             await _abort(context, status, retry_after(error))
         finally:
+            self._leave(call.entered)
             self._count(-call.works)
             self._metrics.ended(method, call.code.name, call.seconds)
             call.log()
@@ -152,6 +181,7 @@ class _Call:
         self._began = perf_counter()
         self._caller = self._resource = self.naming = self.reason = ""
         self.code = grpc.StatusCode.OK
+        self.entered: str | None = None
         # Health and reflection are watched for as long as the server lives: nothing to wait for.
         self.works = int(method.startswith("/errata."))
 
@@ -163,6 +193,7 @@ class _Call:
         """The request, once it may pass. `read` is None for a stream of requests, of which nothing is known yet."""
         gate, method = self._gate, self._method
         if method in OPEN:
+            self._enter("")
             return _parsed(raw, read, gate._most)
         if gate._draining:
             raise DrainingError("the server is shutting down; call again in a moment, or another one")
@@ -171,11 +202,16 @@ class _Call:
         self._caller = who.name
         called_by(who)
         gate._limiter.take(who.name)
+        self._enter(who.name)
         request = _parsed(raw, read, gate._most)
         self.naming, self._resource = _resource(request)
         found = _MODEL.match(self._resource)
         authorize(who, method, found[1] if found else None)
         return request
+
+    def _enter(self, caller: str) -> None:
+        self._gate._enter(caller)
+        self.entered = caller
 
     def note_answer(self, answer: object) -> None:
         """What was created is worth more in the log than what it was created from."""

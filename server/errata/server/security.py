@@ -33,7 +33,7 @@ class Role(IntEnum):
     READER = 1
     """Look, and ask any version."""
     EDITOR = 2
-    """Trace, edit, evaluate, cancel, and move aliases to versions that passed."""
+    """Trace, measure, edit, evaluate, cancel, and move aliases to versions that passed."""
     ADMIN = 3
     """Delete versions, override guardrails."""
 
@@ -74,6 +74,12 @@ ROLES: Mapping[str, Role] = {
     "/errata.v1.HistoryService/CancelBisection": Role.EDITOR,
     "/errata.v1.HistoryService/WatchBisection": Role.READER,
     "/errata.v1.HistoryService/CompareVersions": Role.READER,
+    "/errata.v1.MeasurementService/CreateMeasurement": Role.EDITOR,
+    "/errata.v1.MeasurementService/GetMeasurement": Role.READER,
+    "/errata.v1.MeasurementService/ListMeasurements": Role.READER,
+    "/errata.v1.MeasurementService/CancelMeasurement": Role.EDITOR,
+    "/errata.v1.MeasurementService/WatchMeasurement": Role.READER,
+    "/errata.v1.MeasurementService/GetMeasurementFile": Role.READER,
     "/errata.v1.InferenceService/Generate": Role.READER,
     "/errata.v1.InferenceService/StreamGenerate": Role.READER,
     "/errata.v1.InferenceService/Score": Role.READER,

@@ -125,9 +125,10 @@ class Settings(BaseSettings):
     image_timeout_seconds: float = Field(default=10.0, gt=0, le=300)
     max_message_bytes: int = Field(default=64 * 2**20, ge=64 * 2**10, lt=2**31)
     max_image_bytes: int = Field(default=10_000_000, ge=1, le=2**30)
-    max_image_pixels: int = Field(default=50_000_000, ge=1, le=ImageLimits().max_pixels)
-    max_request_pixels: int = Field(default=500_000_000, ge=1)
-    """Of all images of one call together: 3 bytes of memory each."""
+    max_image_pixels: int = Field(default=25_000_000, ge=1, le=ImageLimits().max_pixels)
+    """Of one image, and of all images of one prompt together."""
+    max_request_pixels: int = Field(default=250_000_000, ge=1)
+    """Of all images of one call together: 3 bytes of memory each. All calls at once may hold three times as many."""
     requests_per_minute: int = Field(default=6000, ge=1)
     """Of each caller."""
     worker_threads: int = Field(default=2, ge=1, le=256)

@@ -140,6 +140,14 @@ class ArtifactStore:
             raise NotFoundError(f"edit {edit_id} has no files in {self._root}", reason="ARTIFACTS_NOT_FOUND")
         return link.resolve()
 
+    def read(self, edit_id: str, name: str) -> bytes:
+        """One of an edit's files. Raises NotFoundError where it has none of that name."""
+        _checked(_FILE, name, "file", "the name of a file")
+        try:
+            return (self.folder(edit_id) / name).read_bytes()
+        except FileNotFoundError:
+            raise NotFoundError(f"{edit_id} has no file {name} any more", reason="FILE_NOT_FOUND") from None
+
     def remove(self, edit_id: str) -> None:
         """Removes an edit's files. Idempotent."""
         link = self._link(edit_id)

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from errata.client import Constraint, Context, EditRequest, Probe, Prompt
-from errata.client.cli.files import FileError, edit_file, probes, questions
+from errata.client import Box, Constraint, Context, EditRequest, MeasuredQuestion, OtherImages, Probe, Prompt
+from errata.client.cli.files import FileError, edit_file, measured, probes, questions
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 REQUEST = """\
@@ -176,3 +176,107 @@ def test_the_example_files_hold_what_their_comments_promise() -> None:
 
 def test_a_file_that_names_itself_is_refused(tmp_path: Path) -> None:
     assert "file.yaml" in problem(tmp_path, "requests: &a\n  - *a\n")
+
+
+MEASURED = """\
+- {prompt: "Capital of Norway?", constraint: Norway, substitute: Peru, answer: Oslo}
+- prompt: "Does this country use the euro?"
+  image: flag.png
+  constraints: [this country, {text: euro, occurrence: 0}]
+  corruptions: [{other_image: flag.png}, yen]
+  box: [0, 0.5, 1, 1]
+- {prompt: "Capital of Peru?", constraint: Peru, occurrence: 0}
+"""
+
+
+def test_questions_to_measure_have_one_constraint_or_several(tmp_path: Path) -> None:
+    one, several, alone = measured(written(tmp_path, MEASURED))
+    assert one == MeasuredQuestion(
+        Prompt("Capital of Norway?", []), [Constraint("Norway")], corruptions=["Peru"], answer="Oslo"
+    )
+    assert several == MeasuredQuestion(
+        Prompt("Does this country use the euro?", [tmp_path / "flag.png"]),
+        [Constraint("this country"), Constraint("euro", 0)],
+        corruptions=[OtherImages([tmp_path / "flag.png"]), "yen"],
+        box=Box(0, 0.5, 1, 1),
+    )
+    assert alone == MeasuredQuestion(Prompt("Capital of Peru?", []), [Constraint("Peru", 0)], corruptions=[])
+
+
+def test_a_file_of_questions_to_trace_can_be_measured() -> None:
+    path = EXAMPLES / "questions.yaml"
+    assert [each.prompt for each in measured(path)] == [each.prompt for each in questions(path)]
+    assert len(measured(EXAMPLES / "measured.yaml")) == 4
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("- {prompt: a}", "file.yaml:1: [0]: it needs a constraint, or several in constraints; give one of them"),
+        ("- {prompt: a, constraint: a, constraints: [a]}", "[0]: it needs a constraint, or several in constraints"),
+        ("- {prompt: a, constraints: [a], substitute: b}", "[0]: substitute would belong to no constraint"),
+        ("- {prompt: a, constraint: a, substitute: b, corruptions: [b]}", "[0]: substitute would belong to no"),
+        ("- {prompt: a, constraints: [a], occurrence: 0}", "[0]: occurrence would belong to no constraint"),
+        ("- {prompt: a, constraints: [a], corruptions: [{}]}", "[0]: nothing corrupts it; give each"),
+        ("- {prompt: a, constraint: a, substitute: b, other_image: flag.png}", "[0]: two things corrupt it"),
+        ("- {prompt: a, constraint: a, box: [0, 1]}", "[0].box: "),
+        ("- {prompt: a, constraints: [a], corruptions: [{other_image: no.png}]}", "there is no image 'no.png'"),
+        ("- {prompt: a, constrain: a}", "there is no such field; did you mean 'constraint'?"),
+    ],
+)
+def test_questions_to_measure_that_cannot_be_meant_are_refused(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(FileError) as refused:
+        measured(written(tmp_path, text))
+    assert said in str(refused.value)
+
+
+def test_a_trace_is_told_what_only_a_measurement_takes(tmp_path: Path) -> None:
+    with pytest.raises(FileError, match="box, constraints are for errata measure; give a constraint"):
+        questions(written(tmp_path, "- {prompt: a, constraints: [a], box: [0, 0, 1, 1]}"))
+
+
+def test_a_data_set_is_measured_with_its_visual_constraint_first(tmp_path: Path) -> None:
+    line = (
+        '{"id": "a", "text": "Does this country use the euro?", "images": ["flag.png"], "answer": "yes", '
+        '"chat": false, '
+        '"box": [0, 0, 1, 0.5], "constraints": [{"text": "euro", "kind": "textual", "substitute": "yen"}, '
+        '{"text": "this country", "kind": "visual", "occurrence": 0, "other_images": ["flag.png"]}]}\n'
+    )
+    [found] = measured(written(tmp_path, line, "questions.jsonl"))
+    flag = [tmp_path / "flag.png"]
+    assert found == MeasuredQuestion(
+        Prompt("Does this country use the euro?", flag, raw=True),
+        [Constraint("this country", 0), Constraint("euro")],
+        corruptions=[OtherImages(flag), "yen"],
+        answer="yes",
+        box=Box(0, 0, 1, 0.5),
+    )
+
+
+def test_known_facts_are_measured_without_a_chat_template(tmp_path: Path) -> None:
+    known = (
+        '[{"known_id": 1, "subject": "Beats Music", "attribute": "Apple", "template": "{} is owned by", '
+        '"prediction": " Apple", "prompt": "Beats Music is owned by", "relation_id": "P127"}, '
+        '{"subject": "Rome", "attribute": "Italy", "prompt": "Rome: Rome is in"}]'
+    )
+    one, twice = measured(written(tmp_path, known, "known.json"))
+    assert one == MeasuredQuestion(
+        Prompt("Beats Music is owned by", [], raw=True), [Constraint("Beats Music")], corruptions=[], answer="Apple"
+    )
+    assert twice.constraints == [Constraint("Rome", 0)]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"text": "a"}', "questions.jsonl:1: [0]: it needs a constraint"),
+        ('{"text": "a", "constraints": "a"}', "questions.jsonl:1: [0].constraints: it has to be a list"),
+        ('{"text": "a", "constraints": [{"kind": "textual"}]}', "[0].constraints[0].text: it is missing"),
+        ('{"text": "a", "constraints": [{"text": "a", "kid": 1}]}', "[0].constraints[0].kid: there is no such field"),
+        ('{"text": "a", "images": ["no.png"], "constraints": [{"text": "a"}]}', "there is no image 'no.png'"),
+    ],
+)
+def test_a_line_of_a_data_set_that_cannot_be_meant_is_named(tmp_path: Path, line: str, said: str) -> None:
+    with pytest.raises(FileError) as refused:
+        measured(written(tmp_path, line, "questions.jsonl"))
+    assert said in str(refused.value)

@@ -8,8 +8,8 @@ from errata.client.cli.app import build, release
 
 COMMANDS = sorted(get_command(build()).commands)  # type: ignore[attr-defined]
 WANTED = (
-    "ask audit bisect check cherry-pick compose delete demo diff edit eval export import log models promote rebase "
-    "revert rollback show squash trace up"
+    "ask audit bisect check cherry-pick compose dataset delete demo diff edit eval export import log measure models "
+    "promote rebase revert rollback show squash trace up"
 )
 
 

@@ -184,10 +184,10 @@ def test_findings_compare_all_series_and_name_what_was_left_out(llava: EditableM
     assert len(found.skipped) == 1
     assert found.skipped[0].startswith("questions[3]: ")
     assert {n.name: n.n for n in found.numbers} == {
-        "total effect, single, visual": 2,
-        "total effect, multi, visual corrupted": 1,
-        "total effect, multi, textual corrupted": 1,
-        "total effect, multi, all corrupted": 1,
+        "total effect, single visual": 2,
+        "total effect, multi visual": 1,
+        "total effect, multi textual": 1,
+        "total effect, multi all": 1,
     }
     names = [p.name for p in chain(found.plots, found.tables)]
     assert len(set(names)) == len(names)

@@ -202,9 +202,11 @@ def test_an_edit_that_installs_nothing_counts_as_failed_and_is_listed(model: Edi
     assert found.mean("efficacy").tolist() == [0, 0]
     assert found.mean("specificity").tolist() == [1, 1]
     told = [f"layer {n}: 2 edit(s) installed nothing (NO_CAUSAL_SITE) and count as failed: rome, paris" for n in (1, 2)]
-    assert list(found.skipped) == told
+    assert list(found.failed) == told
+    assert [row[0] for row in found.findings().tables[1].rows][:2] == told
+    assert found.skipped == ()
     batch = swept(model, replace(SETTINGS, steps=0, layers=(1,), together=True), requests=alone)
-    assert list(batch.skipped) == told[:1]
+    assert list(batch.failed) == told[:1]
 
 
 def test_a_target_that_is_answered_already_is_skipped(llama: EditableModel) -> None:
@@ -231,7 +233,6 @@ def result(efficacy: list[list[float]], effects: list[list[float]]) -> SweepResu
         effects=np.array(effects, dtype=np.float64),
         total_effect=0.9,
         window=1,
-        skipped=(),
     )
 
 
@@ -262,19 +263,19 @@ def test_a_correlation_that_is_not_defined_is_said_to_be_so() -> None:
         assert np.isnan(found.correlation("efficacy")).all()
         told = found.findings()
         assert [n.name for n in told.numbers] == ["layer of the highest AIE", "layer of the highest efficacy"]
-        assert len([s for s in told.skipped if "correlation of efficacy" in s]) == 2
+        assert len([note for (note,) in told.tables[1].rows if "correlation of efficacy" in note]) == 2
 
 
 def test_findings_have_a_line_each_a_labelled_scatter_and_a_row_a_layer(model: EditableModel) -> None:
     found = swept(model, replace(SETTINGS, layers=(0, 1, 3)))
     told = found.findings()
     lines, scatter = told.plots
-    assert [line.label for line in lines.lines] == ["efficacy", "generalization", "specificity", "AIE of the MLP"]
+    assert [line.label for line in lines.lines] == ["efficacy", "generalization", "specificity", "AIE"]
     assert lines.x.tolist() == [0, 1, 3]
     assert scatter.labels == ("layer 0", "layer 1", "layer 3")
     np.testing.assert_array_equal(scatter.y, found.mean("efficacy"))
     np.testing.assert_array_equal(scatter.x, found.effects.mean(0))
-    (table,) = told.tables
+    table = told.tables[0]
     assert [row[0] for row in table.rows] == ["0", "1", "3"]
     assert all(len(row) == len(table.columns) for row in table.rows)
     assert (told.n, told.settings["layers"], told.settings["method"]) == (2, "0, 1, 3", "multedit")

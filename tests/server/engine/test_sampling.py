@@ -38,6 +38,13 @@ def test_log_probabilities_are_of_the_unmodified_distribution() -> None:
     torch.testing.assert_close(log_p, logits.log_softmax(-1).max(-1).values)
 
 
+@pytest.mark.parametrize("temperature", [1e-7, 1e-40, 5e-324])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 5e-324])
+def test_a_temperature_near_zero_draws_the_likeliest(temperature: float, top_p: float) -> None:
+    logits = torch.tensor([20.0, -torch.inf, 30.0, 29.9])
+    assert set(drawn(logits, Sampling(temperature=temperature, top_p=top_p, seed=1), 20).tolist()) == {2}
+
+
 def test_a_row_draws_on_where_it_was_when_the_batch_changes() -> None:
     logits = torch.zeros(1, 97)
     rule = row_sampling(Sampling(seed=5), 6)

@@ -22,7 +22,7 @@ from errata.server.ledger.ledger import Ledger
 from errata.server.ledger.rows import JobKind, JobRow, JobState
 from errata.server.models import Models
 from errata.server.store import ArtifactStore, DeltaStore
-from errata.v1 import common_pb2, edit_pb2, evaluation_pb2, history_pb2, trace_pb2
+from errata.v1 import common_pb2, edit_pb2, evaluation_pb2, history_pb2, measurement_pb2, trace_pb2
 
 LAYER = 1
 """Where Atlas looks its facts up."""
@@ -49,6 +49,7 @@ class House:
             history_pb2.CreateDerivationRequest: JobKind.DERIVATION,
             history_pb2.CreateBisectionRequest: JobKind.BISECTION,
             evaluation_pb2.CreateEvaluationRequest: JobKind.EVALUATION,
+            measurement_pb2.CreateMeasurementRequest: JobKind.MEASUREMENT,
         }[type(message)]
         request = message.SerializeToString(deterministic=True)
         return self.ledger.create_job(kind, model, version=version, request=request, request_id=None, actor="tester")

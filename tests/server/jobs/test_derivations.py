@@ -75,14 +75,25 @@ def test_the_fourth_of_ten_edits_is_reverted_exactly(house: House, work: Work) -
     ] * 6
 
 
-def test_what_was_installed_does_not_count_once_it_is_reverted(house: House, work: Work) -> None:
-    version = plant(house, request("France", "Lyon"), noise(house, 1, 0.01))
+def test_what_was_installed_has_to_be_gone_once_the_newest_edit_is_reverted(house: House, work: Work) -> None:
+    version = plant(house, request("France", "Lyon"), noise(house, 100, 50.0, rank=32))
     message = _revert(version, version)
     message.guardrails.add(metric=evaluation_pb2.METRIC_EFFICACY, least=1.0)
     outcome = _outcome(succeeded(_run(work, message)))
-    assert not outcome.scores
+    assert [(s.metric, s.n, s.before, s.after) for s in outcome.scores] == [
+        (evaluation_pb2.METRIC_EFFICACY, 1, 0.0, 1.0)
+    ]
     [told] = outcome.reverted
     assert (told.expected, told.after, told.passed) == ("Paris", "Paris", True)
+    assert told.before != "Paris"
+
+
+def test_what_was_installed_counts_for_nothing_where_later_edits_judge_its_revert(house: House, work: Work) -> None:
+    wrong = plant(house, request("France", "Lyon"), noise(house, 1, 0.01))
+    later = plant(house, request("Japan", "Tokyo"), noise(house, 2, 0.01), parent=wrong)
+    outcome = _outcome(succeeded(_run(work, _revert(later, wrong))))
+    assert [s.n for s in outcome.scores] == [1]
+    assert len(outcome.reverted) == 1
 
 
 def test_a_revert_below_a_guardrail_of_the_request_is_rejected(house: House, work: Work) -> None:

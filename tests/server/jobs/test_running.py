@@ -4,6 +4,7 @@ import pytest
 from house import House, edit_message, question, small_edit
 
 from errata.editor.errors import CancelledError
+from errata.server.errors import LedgerUnavailableError
 from errata.server.jobs.running import INTERVAL, RunningJob
 from errata.server.ledger.rows import JobKind, JobRow, JobState
 
@@ -77,6 +78,30 @@ def test_a_cancellation_is_heard_within_the_interval(claimed: Claimed) -> None:
     assert claimed.job.cancelled()
     with pytest.raises(CancelledError):
         claimed.job.stage("solve")
+
+
+class Away:
+    """A ledger that does not answer."""
+
+    def progress(self, *_: object) -> None:
+        raise LedgerUnavailableError("away", retry_after=1.0)
+
+    def cancel_requested(self, _job: str) -> bool:
+        raise LedgerUnavailableError("away", retry_after=1.0)
+
+
+def test_a_job_works_on_while_nobody_can_be_told_how_far_it_is_but_publishes_nothing(claimed: Claimed) -> None:
+    claimed.job.stage("values", 60)
+    claimed.job._ledger = Away()
+    claimed.clock.now += INTERVAL
+    claimed.job.step(2, 60)
+    claimed.job.check()
+    with pytest.raises(LedgerUnavailableError):
+        claimed.job.check(now=True)
+    claimed.job._ledger = claimed.house.ledger
+    claimed.clock.now += INTERVAL
+    claimed.job.step(3, 60)
+    assert claimed.stored() == ("values", 3, 60)
 
 
 def test_a_server_that_ends_is_heard_at_once(claimed: Claimed) -> None:

@@ -71,3 +71,30 @@ def test_versions_from_before_were_all_made_by_edits(empty: str) -> None:
     assert ledger.version("atlas", 1).made_by is JobKind.EDIT
     ledger.close()
     command.downgrade(config, "0001")
+
+
+def test_a_downgrade_takes_the_jobs_along_that_the_release_before_cannot_read(empty: str) -> None:
+    config = configuration(database_url(empty))
+    command.upgrade(config, "head")
+    ledger = Ledger(empty)
+    ledger.ensure_model("atlas")
+    kept = _job(ledger, JobKind.EDIT)
+    for kind in (JobKind.DERIVATION, JobKind.BISECTION):
+        _job(ledger, kind)
+    command.downgrade(config, "0001")
+    command.upgrade(config, "head")
+    assert ledger.open_jobs() == {("atlas", JobKind.EDIT, JobState.PENDING): 1}
+    assert ledger.job(JobKind.EDIT, "atlas", kept.id).request == b"request"
+    ledger.close()
+
+
+def test_a_downgrade_is_refused_while_a_version_is_there_that_was_derived(empty: str) -> None:
+    config = configuration(database_url(empty))
+    command.upgrade(config, "head")
+    ledger = Ledger(empty)
+    ledger.ensure_model("atlas")
+    made = ledger.commit_edit(_job(ledger, JobKind.DERIVATION).id, new_version(), result=b"", publish=False)
+    with pytest.raises(RuntimeError, match=r"1 version.* derived from others.* backup"):
+        command.downgrade(config, "0001")
+    assert ledger.version("atlas", made.number).made_by is JobKind.DERIVATION
+    ledger.close()

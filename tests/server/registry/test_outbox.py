@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from errata.server.ledger.ledger import Ledger
-from errata.server.ledger.rows import JobKind, NewVersion, PublishState, VersionRow
+from errata.server.ledger.rows import JobKind, JobRow, JobState, NewVersion, PublishState, VersionRow
 from errata.server.registry.outbox import Backoff, OutboxWriter
 from errata.server.registry.record import EditRecord, Published
 from errata.v1 import edit_pb2
@@ -35,6 +35,10 @@ class FakeRegistry:
         self._tell(version.model, f"publish {version.number} on {[v.number for v in lineage[1:]]} ({record.note})")
         published = Published(run_id=f"run-{version.number}", mlflow_version=version.number + 10)
         return self.found.setdefault(version.model, {}).setdefault(version.edit or "", published)
+
+    def publish_measurement(self, job: JobRow) -> str:
+        self._tell(job.model, f"measured {job.request.decode()}")
+        return f"run-{job.id}"
 
     def registered(self, model: str) -> dict[str, Published]:
         return dict(self.found.get(model, {}))
@@ -136,6 +140,22 @@ def test_versions_and_aliases_reach_mlflow_in_order(
     assert nothing_left(ledger)
     found = ledger.version("atlas", 1)
     assert (found.publish_state, found.mlflow_run_id, found.mlflow_version) == (PublishState.PUBLISHED, "run-1", 11)
+
+
+def test_a_measurement_reaches_mlflow_however_often_that_fails_and_its_run_is_known(
+    ledger: Ledger, registry: FakeRegistry, writer: Callable[..., OutboxWriter]
+) -> None:
+    job = ledger.create_job(
+        JobKind.MEASUREMENT, "atlas", version=0, request=b"heads", request_id=None, actor="ada", summary=b"sum"
+    )
+    ledger.finish(job.id, JobState.SUCCEEDED, result=b"", publish=True)
+    registry.failures = 2
+    running = writer(AT_ONCE)
+    registry.wait_for(lambda: len(registry.told) == 1)
+    finish(running)
+    assert registry.told == ["measured heads"]
+    assert nothing_left(ledger)
+    assert ledger.job(job.kind, "atlas", job.id).mlflow_run_id == f"run-{job.id}"
 
 
 def test_a_notified_writer_publishes_at_once(

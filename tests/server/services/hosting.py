@@ -26,6 +26,8 @@ from errata.v1 import (
     evaluation_pb2_grpc,
     inference_pb2,
     inference_pb2_grpc,
+    measurement_pb2,
+    measurement_pb2_grpc,
     model_pb2_grpc,
     trace_pb2,
     trace_pb2_grpc,
@@ -54,6 +56,7 @@ class Stubs:
         self.edits = edit_pb2_grpc.EditServiceStub(channel)
         self.evaluations = evaluation_pb2_grpc.EvaluationServiceStub(channel)
         self.inference = inference_pb2_grpc.InferenceServiceStub(channel)
+        self.measurements = measurement_pb2_grpc.MeasurementServiceStub(channel)
 
 
 class Hosted:
@@ -207,6 +210,20 @@ def trace_message(*countries: str, **more: Any) -> trace_pb2.CreateTraceRequest:
         for c in countries or ("Estonia",)
     ]
     return trace_pb2.CreateTraceRequest(version=BASE, questions=asked, **more)
+
+
+def measurement_message(*countries: str, shown: bool = False, **more: Any) -> measurement_pb2.CreateMeasurementRequest:
+    """Questions about capitals, by the countries' names unless `shown`."""
+    asked = [question(c, shown=shown) for c in countries or ("Estonia",)]
+    measured = [
+        measurement_pb2.MeasuredQuestion(
+            prompt=prompt_message(each.prompt),
+            constraints=[common_pb2.Constraint(text=each.constraint.text)],
+            answer=each.answer,
+        )
+        for each in asked
+    ]
+    return measurement_pb2.CreateMeasurementRequest(version=BASE, questions=measured, **more)
 
 
 def evaluation_message(

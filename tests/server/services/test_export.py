@@ -17,7 +17,7 @@ from errata.client import Errata, InvalidInputError
 from errata.editor.checkpoints import load_model
 from errata.editor.delta import load_delta
 from errata.editor.model import EditableModel
-from errata.server.errors import BusyError
+from errata.server.errors import BusyError, DeadlineExceededError
 from errata.server.services.export import ExportService
 from errata.v1 import export_pb2, export_pb2_grpc, model_pb2
 
@@ -199,3 +199,17 @@ def test_only_so_many_folders_are_on_the_disk_at_once(hosted: Hosted, tmp_path: 
 
     asyncio.run(crowd())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_reader_that_stops_reading_is_given_up_and_its_folder_goes(hosted: Hosted, tmp_path: Path) -> None:
+    async def stalled() -> None:
+        one = ExportService(hosted.server.stores.ledger, hosted.server.models, tmp_path, patience=0.0)
+        call = one.ExportVersion(REQUEST, None)  # type: ignore[arg-type]
+        await anext(call)
+        while list(tmp_path.iterdir()):
+            await asyncio.sleep(0)
+        with pytest.raises(DeadlineExceededError, match="not taken in time"):
+            await anext(call)
+        assert one._there == 0
+
+    asyncio.run(stalled())

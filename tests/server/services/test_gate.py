@@ -76,6 +76,7 @@ class Behind:
             RateLimiter(limit, burst=limit),
             self.metrics,
             max_message_bytes=2**20,
+            most_of_a_caller=3,
         )
         self.log = io.StringIO()
         self.channel: grpc.Channel
@@ -206,6 +207,22 @@ def test_a_caller_who_leaves_ends_the_handler_and_is_logged_as_cancelled(placed:
     assert placed.inference.left.wait(60)
     assert placed.lines[-1]["code"] == "CANCELLED"
     assert placed.calls("StreamGenerate", "CANCELLED") == 1.0
+
+
+def test_a_caller_with_too_many_open_calls_is_refused_more_and_nobody_else_is() -> None:
+    roles = {"ada": {"*": "reader"}, "bob": {"*": "reader"}}
+    with behind(roles) as placed:
+        streams = [placed.stream(token="ada") for _ in range(3)]
+        for stream in streams:
+            next(stream)
+        found = refused(lambda: placed.generate(token="ada"))
+        assert (found.code, found.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "BUSY")
+        assert found.retry_after
+        assert placed.generate(token="bob").text == "bob"
+        for stream in streams:
+            stream.cancel()  # type: ignore[attr-defined]
+        placed.settled()
+        assert placed.generate(token="ada").text == "ada"
 
 
 def test_every_call_is_logged_with_its_method_caller_operation_code_and_time(placed: Behind) -> None:

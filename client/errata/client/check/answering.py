@@ -12,7 +12,7 @@ from errata.client.check.judging import Subject
 from errata.client.client import Errata
 from errata.client.errors import InvalidInputError
 from errata.client.inputs import Prompt
-from errata.client.names import last_part, model_part
+from errata.client.names import last_part, model_part, says_model
 
 GROUP = "errata.answerers"
 """The entry points that open versions without a server: `OpenLocal`s."""
@@ -140,7 +140,7 @@ def version_name(model: str, ref: str) -> str:
     >>> version_name("atlas", "3"), version_name("atlas", "atlas@champion")
     ('atlas@3', 'atlas@champion')
     """
-    return ref if "@" in ref or ref.startswith("models/") else f"{model}@{ref}"
+    return ref if says_model(ref) else f"{model}@{ref}"
 
 
 def local_opener() -> OpenLocal:

@@ -4,6 +4,7 @@ Exit codes: 0 passed, 1 regressed, 2 could not run. Files are written once every
 """
 
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -180,9 +181,16 @@ def _say(session: Session, report: "Report", actions: _Actions | None, junit: Pa
     if actions and actions.summary:
         with actions.summary.open("a", encoding="utf-8") as file:
             file.write(github.summary(report))
-    session.output.show(document(report), *tables(report, everything=everything, width=session.output.console.width))
-    if actions:
-        _annotate(session, github.annotations(report, actions.root))
+    told = list(tables(report, everything=everything, width=session.output.console.width))
+    if not actions:
+        session.output.show(document(report), *told)
+        return
+    # A runner carries out commands wherever they stand in a line of their own, in an answer as well.
+    off, on = map(line, github.silence(secrets.token_hex(16)))
+    session.output.show(document(report), off, *told, on)
+    for command in github.annotations(report, actions.root):
+        # Where they are heard again for certain: two streams have no order. Stdout may be a JSON document.
+        (session.output.note if session.output.as_json else session.output.say)(command)
 
 
 def _annotate(session: Session, commands: Iterator[str]) -> None:

@@ -12,7 +12,7 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from errata.client.check.checks import Checks, Match, Probe, Question
 from errata.client.check.errors import CheckError, Problem
-from errata.client.check.source import Source, as_list, read_source, said
+from errata.client.source import Source, SourceError, as_list, read_source, said
 
 Name = Annotated[str, Field(pattern=r"^\S+$", max_length=200)]
 Text = Annotated[str, Field(pattern=r"\S")]
@@ -90,7 +90,10 @@ def schema_text() -> str:
 
 def load_checks(path: Path) -> Checks:
     """Reads a file of checks. Raises CheckError with every problem of it: file, line, field, and what to do."""
-    source = read_source(path)
+    try:
+        source = read_source(path)
+    except SourceError as error:
+        raise CheckError(error.problems) from None
     try:
         entry = ChecksEntry.model_validate(source.data)
     except ValidationError as error:

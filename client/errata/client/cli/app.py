@@ -1,5 +1,7 @@
 """Puts the commands together, runs one command line, and turns whatever goes wrong into an exit code."""
 
+import os
+import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 
@@ -7,14 +9,14 @@ import typer
 from typer.main import get_command
 
 from errata.client.check.command import check
-from errata.client.cli import asking, deriving, editing, history, local, models, tracing, transfer
+from errata.client.cli import asking, datasets, deriving, editing, history, local, measuring, models, tracing, transfer
 from errata.client.cli.helping import app_options, commands_in
 from errata.client.cli.output import Output
-from errata.client.cli.problems import UNDONE, explain
+from errata.client.cli.problems import BROKEN_PIPE, UNDONE, explain
 from errata.client.cli.session import add, add_root
 
 _GROUPS = {
-    "ask": ("models", "ask", "trace", "edit", "eval", "check"),
+    "ask": ("models", "ask", "trace", "measure", "edit", "eval", "check", "dataset"),
     "serve": ("promote", "rollback", "delete", "export", "import", "up", "demo"),
     "history": ("log", "show", "diff", "bisect", "audit"),
     "combine": ("revert", "compose", "cherry-pick", "rebase", "squash"),
@@ -29,6 +31,8 @@ def build() -> typer.Typer:
     add(app, "models", models.models, "errata models")
     add(app, "ask", asking.ask, 'errata ask "What is the capital of this country?" --image flag.png')
     add(app, "trace", tracing.trace, _TRACE)
+    add(app, "measure", measuring.measure, _MEASURE)
+    add(app, "dataset", datasets.dataset, "errata dataset validate questions.jsonl")
     add(app, "eval", editing.evaluate, "errata eval atlas@3 --probes probes.yaml --guardrail efficacy=0.9")
     add(app, "check", check, "errata check checks.yaml --version candidate --baseline champion")
     add(app, "edit", editing.edit, _EDIT)
@@ -63,7 +67,23 @@ def release() -> str:
 def run(arguments: Sequence[str]) -> int:
     """Runs a command line; returns its exit code."""
     try:
+        return _ended(arguments)
+    except BrokenPipeError:
+        # Nobody reads on; Python's own flush at the end must not complain either.
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return BROKEN_PIPE
+
+
+def _ended(arguments: Sequence[str]) -> int:
+    try:
         ended = get_command(build()).main(list(arguments), prog_name="errata", standalone_mode=False)
+    except BrokenPipeError:
+        raise
+    except SystemExit as left:  # what typer makes of a broken pipe
+        if isinstance(left.__context__, BrokenPipeError):
+            raise left.__context__ from None
+        raise
     except typer.Abort:
         return UNDONE
     except Exception as error:
@@ -73,6 +93,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 _TRACE = 'errata trace "Capital of Norway?" --constraint Norway --substitute Peru'
+_MEASURE = "errata measure knockout --file questions.yaml --out figures"
 _EDIT = 'errata edit "Capital of Burundi?" --constraint Burundi --target Gitega'
 _HELP = "Correct what a model believes; keep every correction, and undo any of them."
 _EPILOG = "Exit codes: 0 done; 1 the answer is no (rejected, regressed); 2 not done."

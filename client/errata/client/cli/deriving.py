@@ -1,5 +1,6 @@
 """Versions made of versions: revert, compose, cherry-pick, rebase, squash, import."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -32,22 +33,43 @@ Sources = Annotated[list[str], typer.Argument(metavar="VERSION...", help="Their 
 Anyway = Annotated[bool, typer.Option("--allow-conflicts", help="Make it although edits conflict.")]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Made:
+    """How a version is made and judged: the options that all of these commands have."""
+
+    probes: Probes = None
+    guardrail: Guardrails = None
+    description: Description = ""
+    alias: AliasOption = ""
+    dry_run: DryRun = False
+
+    def options(self) -> DerivationOptions:
+        """As the client takes them. Raises FileError, UsageError."""
+        options: DerivationOptions = {"validate_only": self.dry_run}
+        if self.probes is not None:
+            options["probes"] = read_probes(self.probes)
+        if self.guardrail:
+            options["guardrails"] = guardrails(self.guardrail)
+        if self.description:
+            options["description"] = self.description
+        if self.alias:
+            options["alias"] = self.alias
+        return options
+
+
 def revert(
     session: Session,
     edit: Annotated[str, typer.Argument(metavar="EDIT", help="The version to undo, like atlas@4, or its edit.")],
     on: Parent = None,
-    probes: Probes = None,
-    guardrail: Guardrails = None,
-    description: Description = "",
-    alias: AliasOption = "",
-    dry_run: DryRun = False,
+    *,
+    made: Made,
 ) -> None:
     """Undo one edit anywhere in the history, exactly, as a new version.
 
     Exits 1 where guardrails reject it.
     """
     version = _version_of(session, edit)
-    options = _options(probes, guardrail, description, alias, dry_run)
+    options = made.options()
     show_derivation(session, session.client.revert(_parent(session, on, version), version, **options))
 
 
@@ -56,17 +78,14 @@ def compose(
     versions: Sources,
     on: Parent = None,
     allow_conflicts: Anyway = False,
-    probes: Probes = None,
-    guardrail: Guardrails = None,
-    description: Description = "",
-    alias: AliasOption = "",
-    dry_run: DryRun = False,
+    *,
+    made: Made,
 ) -> None:
     """Add edits of other versions to one, as a new version.
 
     Exits 1 where they contradict each other or guardrails reject it.
     """
-    options = _options(probes, guardrail, description, alias, dry_run)
+    options = made.options()
     options["allow_conflicts"] = allow_conflicts
     sources = [_version_of(session, each) for each in versions]
     asked = session.client.compose(_parent(session, on, sources[0]), sources, **options)
@@ -78,17 +97,14 @@ def cherry_pick(
     edit: Annotated[str, typer.Argument(metavar="EDIT", help="The version to take, like atlas@4, or its edit.")],
     on: Parent = None,
     allow_conflicts: Anyway = False,
-    probes: Probes = None,
-    guardrail: Guardrails = None,
-    description: Description = "",
-    alias: AliasOption = "",
-    dry_run: DryRun = False,
+    *,
+    made: Made,
 ) -> None:
     """Add one edit to a version, as a new version: compose of one.
 
     Exits 1 where it contradicts another or guardrails reject it.
     """
-    compose(session, [edit], on, allow_conflicts, probes, guardrail, description, alias, dry_run)
+    compose(session, [edit], on, allow_conflicts, made=made)
 
 
 def rebase(
@@ -96,17 +112,14 @@ def rebase(
     version: Annotated[str, typer.Argument(metavar="VERSION", help="Of the model that was merged from.")],
     on: Annotated[str, typer.Option(metavar="VERSION", help="The merged base: merged@0.")],
     allow_conflicts: Anyway = False,
-    probes: Probes = None,
-    guardrail: Guardrails = None,
-    description: Description = "",
-    alias: AliasOption = "",
-    dry_run: DryRun = False,
+    *,
+    made: Made,
 ) -> None:
     """Move a version onto a base that has some of its edits merged in.
 
     Exits 1 where edits contradict each other or guardrails reject it.
     """
-    options = _options(probes, guardrail, description, alias, dry_run)
+    options = made.options()
     options["allow_conflicts"] = allow_conflicts
     asked = session.client.rebase(session.version(on), session.version(version), **options)
     show_derivation(session, asked, allow_conflicts=allow_conflicts)
@@ -117,44 +130,40 @@ def squash(
     version: VersionName,
     on: Annotated[str | None, typer.Option(metavar="VERSION", help="Where the chain begins; default: base.")] = None,
     resolve: Annotated[bool, typer.Option("--resolve", help="Solve all requests again as one batch.")] = False,
-    probes: Probes = None,
-    guardrail: Guardrails = None,
-    description: Description = "",
-    alias: AliasOption = "",
-    dry_run: DryRun = False,
+    *,
+    made: Made,
 ) -> None:
     """Join a chain of edits into one, at the lowest rank that says the same.
 
     Exits 1 where guardrails reject it.
     """
-    options = _options(probes, guardrail, description, alias, dry_run)
+    options = made.options()
     tip = session.version(version)
     parent = _parent(session, on, tip, "@0")
     if full_name(parent) == full_name(tip):
-        raise UsageError(f"{short(full_name(tip))} is where the chain begins; name a later version")
+        raise UsageError(f"both ends of the chain are {short(full_name(tip))}; name an earlier version by --on")
     asked = session.client.squash(parent, tip, resolve=resolve, **options)
     show_derivation(session, asked)
 
 
 def import_(
     session: Session,
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="An exported adapter, or another of PEFT's.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", help="An exported adapter, or another of PEFT's; 64 MiB at most.")
+    ],
     on: Annotated[str | None, typer.Option(metavar="VERSION", help="Default: the only model's base.")] = None,
     fact: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="What it changes; may be repeated.")] = None,
     base_sha256: Annotated[
         str, typer.Option(metavar="HASH", help="Its base's, where it has no errata.json (errata show).")
     ] = "",
-    probes: Probes = None,
-    guardrail: Guardrails = None,
-    description: Description = "",
-    alias: AliasOption = "",
-    dry_run: DryRun = False,
+    *,
+    made: Made,
 ) -> None:
     """Make a version of an adapter exported elsewhere, once its base's hash fits.
 
     Exits 1 where guardrails reject it.
     """
-    options = _options(probes, guardrail, description, alias, dry_run)
+    options = made.options()
     parent = session.version(on, "@0")
     asked = session.client.import_adapter(parent, folder, facts=fact or (), base_sha256=base_sha256, **options)
     show_derivation(session, asked)
@@ -185,6 +194,8 @@ def _show(session: Session, found: Derivation, on: str) -> None:
         if equality
         else ""
     )
+    gone = sum(each.passed for each in found.reverted)
+    undone = f"{gone} of {len(found.reverted)} of its answers are as before that edit" if found.reverted else ""
     later: list[RenderableType] = []
     if found.later:
         told = [f"{short(e.version)}  {'; '.join(e.facts)}\n  {figures(e.scores)}" for e in found.later]
@@ -198,6 +209,7 @@ def _show(session: Session, found: Derivation, on: str) -> None:
                 ("facts", "\n".join(found.facts)),
                 ("layers", ", ".join(map(str, found.layers))),
                 ("equality", equal),
+                ("reverted", undone),
                 ("derivation", found.name),
             ]
         ),
@@ -241,18 +253,3 @@ def _parent(session: Session, on: str | None, version: str, ref: str = "") -> st
     """What to build on: by default the champion of the version's own model, or its `ref`."""
     model = model_part(full_name(version))
     return session.version(on, ref, model)
-
-
-def _options(
-    probes: Path | None, guardrail: list[str] | None, description: str, alias: str, dry_run: bool
-) -> DerivationOptions:
-    options: DerivationOptions = {"validate_only": dry_run}
-    if probes is not None:
-        options["probes"] = read_probes(probes)
-    if guardrail:
-        options["guardrails"] = guardrails(guardrail)
-    if description:
-        options["description"] = description
-    if alias:
-        options["alias"] = alias
-    return options

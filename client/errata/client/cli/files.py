@@ -16,10 +16,12 @@ from pydantic_core import PydanticCustomError
 from errata.client.check.checks import Checks, Match
 from errata.client.check.errors import CheckError
 from errata.client.check.format import load_checks
-from errata.client.check.source import Place, as_list, dotted, read_source, said
+from errata.client.cli.records import entry_of
 from errata.client.details import FieldViolation
 from errata.client.errors import InvalidInputError
 from errata.client.inputs import Constraint, Context, EditOptions, EditRequest, Probe, Prompt, TracedQuestion
+from errata.client.measurements import Box, Corruption, MeasuredQuestion, OtherImages
+from errata.client.source import Place, SourceError, as_list, dotted, read_source, said
 
 E = TypeVar("E", bound="_Entry")
 
@@ -123,16 +125,54 @@ class _ProbeEntry(_Asked):
         return Probe(self.metric, self.asked(folder), self.expected, request=request, believed=self.believed)
 
 
-class _TracedEntry(_Asked):
-    """One question to trace."""
+class _ConstraintEntry(_Entry):
+    """One of several constraints; its text alone does."""
 
-    constraint: _Text
+    text: _Text
+    occurrence: int | None = None
+
+
+class _CorruptionEntry(_Entry):
+    """How one of them is made wrong; a substitute alone does."""
+
+    substitute: _Text | None = None
+    other_image: _Images = []
+
+    def corruption(self, folder: Path) -> Corruption:
+        return self.substitute or OtherImages([folder / each for each in self.other_image])
+
+
+def _alone_as(field: str) -> BeforeValidator:
+    return BeforeValidator(lambda given: {field: given} if isinstance(given, str) else given)
+
+
+class _TracedEntry(_Asked):
+    """One question to trace or to measure."""
+
+    constraint: _Text | None = None
     occurrence: int | None = None
     substitute: _Text | None = None
     other_image: _Images = []
     answer: _Text | None = None
+    constraints: list[Annotated[_ConstraintEntry, _alone_as("text")]] = []
+    corruptions: list[Annotated[_CorruptionEntry, _alone_as("substitute")]] = []
+    box: Annotated[list[float], Field(min_length=4, max_length=4)] | None = None
+
+    def measured(self, folder: Path) -> MeasuredQuestion:
+        only = [_ConstraintEntry(text=self.constraint, occurrence=self.occurrence)] if self.constraint else []
+        wrong = [_CorruptionEntry(substitute=self.substitute, other_image=self.other_image)]
+        return MeasuredQuestion(
+            self.asked(folder),
+            [Constraint(each.text, each.occurrence) for each in only or self.constraints],
+            corruptions=[
+                each.corruption(folder) for each in (wrong if self.substitute or self.other_image else self.corruptions)
+            ],
+            answer=self.answer,
+            box=Box(*self.box) if self.box else None,
+        )
 
     def question(self, folder: Path) -> TracedQuestion:
+        assert self.constraint is not None
         return TracedQuestion(
             self.asked(folder),
             Constraint(self.constraint, self.occurrence),
@@ -180,6 +220,7 @@ class _EditEntry(_Entry):
         return options
 
 
+_OF_MEASUREMENTS = {"constraints", "corruptions", "box"}
 _OF_A_QUESTION = {"image", "raw", "constraint", "occurrence", "subject"}
 _OPTIONS = ("layers", "method", "preservation", "ridge", "steps", "guardrails", "description")
 
@@ -238,10 +279,50 @@ def questions(path: Path) -> list[TracedQuestion]:
     source = _source(path)
     entries = _checked(source, "questions", _TracedFile).questions
     for i, each in enumerate(entries):
+        if beside := sorted(each.model_fields_set & _OF_MEASUREMENTS):
+            raise _error(source, _listed(source, i), f"{', '.join(beside)} are for errata measure; give a constraint")
+        if each.constraint is None:
+            raise _error(source, (*_listed(source, i), "constraint"), "it is missing; give it")
         if (each.substitute is None) == (not each.other_image):
-            place: Place = (i,) if isinstance(source.data, list) else ("questions", i)
-            raise _error(source, place, "nothing corrupts it, or two things do; give a substitute or an other_image")
+            problem = "nothing corrupts it, or two things do; give a substitute or an other_image"
+            raise _error(source, _listed(source, i), problem)
     return [each.question(path.parent) for each in entries]
+
+
+def measured(path: Path) -> list[MeasuredQuestion]:
+    """The questions to measure of a YAML or JSONL file: a list, or a mapping with `questions`. Raises FileError.
+
+    A question has `prompt`; `constraint`, or several in `constraints`, each a text or a mapping of `text` and
+    `occurrence`; and any of `image`, `answer`, `box`, `raw`. What makes it wrong is a `substitute` or an `other_image`,
+    or several in `corruptions`, each a text or a mapping with one of them. Files of data sets (docs/datasets.md) and of
+    known facts are read, too.
+    """
+    source = _Entries.of(_source(path))
+    entries = _checked(source, "questions", _TracedFile).questions
+    for i, each in enumerate(entries):
+        if problem := _unclear(each):
+            raise _error(source, _listed(source, i), problem)
+    return [each.measured(path.parent) for each in entries]
+
+
+def _unclear(entry: _TracedEntry) -> str:
+    """What cannot be meant in a question to measure; empty where all can."""
+    if (entry.constraint is None) == (not entry.constraints):
+        return "it needs a constraint, or several in constraints; give one of them"
+    beside = [name for name in ("occurrence", "substitute", "other_image") if name in entry.model_fields_set]
+    if beside and (entry.constraints or entry.corruptions) and (entry.constraints or beside != ["occurrence"]):
+        return f"{', '.join(beside)} would belong to no constraint; move it into constraints or corruptions"
+    several: list[_TracedEntry | _CorruptionEntry] = [entry, *entry.corruptions]
+    if any(each.substitute and each.other_image for each in several):
+        return "two things corrupt it; give a substitute or an other_image"
+    if any(not each.substitute and not each.other_image for each in entry.corruptions):
+        return "nothing corrupts it; give each of its corruptions a substitute or an other_image"
+    return ""
+
+
+def _listed(source: "_Source", index: int) -> Place:
+    """Where a question stands in its file."""
+    return (index,) if isinstance(source.data, list) else ("questions", index)
 
 
 class _Source(Protocol):
@@ -266,10 +347,30 @@ class _Lines:
         return self.numbers[int(place[0])] if place else 1
 
 
+@dataclass(frozen=True, slots=True)
+class _Entries:
+    """A file whose lines may be of other forms (`records`)."""
+
+    source: _Source
+    data: object
+
+    @classmethod
+    def of(cls, source: _Source) -> "_Entries":
+        data = source.data
+        return cls(source, list(map(entry_of, data)) if isinstance(data, list) else data)
+
+    @property
+    def path(self) -> Path:
+        return self.source.path
+
+    def line(self, place: Place) -> int:
+        return self.source.line(place)
+
+
 def _source(path: Path) -> _Source:
     try:
         return _lines(path) if path.suffix == ".jsonl" else read_source(path)
-    except CheckError as error:
+    except SourceError as error:
         raise FileError(str(error)) from error
 
 
@@ -340,7 +441,7 @@ def _images_exist(source: _Source, place: tuple[str | int, ...], entries: Sequen
                 if not (source.path.parent / image).is_file():
                     problem = f"there is no image {image!r} beside the file; check the path"
                     raise _error(source, (*at, name), problem)
-        for name in ("contexts", "preserve"):
+        for name in ("contexts", "preserve", "corruptions"):
             _images_exist(source, (*at, name), getattr(entry, name, ()))
 
 

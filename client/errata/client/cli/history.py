@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
@@ -12,17 +13,21 @@ from rich.text import Text
 from errata.client.cli import graph
 from errata.client.cli.deriving import show_derivation
 from errata.client.cli.editing import conclude_edit, read_probes, show_evaluation, verdict
+from errata.client.cli.measuring import show_measurement
 from errata.client.cli.models import Most
 from errata.client.cli.output import Output, facts, indented, line
 from errata.client.cli.plain import clean, figures, plain, short, size, when
 from errata.client.cli.session import Session
 from errata.client.cli.tracing import show_trace
+from errata.client.errors import NothingToBisectError
 from errata.client.inputs import BisectionOptions, Probe
 from errata.client.names import last_part
 from errata.client.results import (
     Bisection,
     Comparison,
+    Job,
     ProbeResult,
+    State,
     Version,
     VersionFact,
     VersionState,
@@ -45,12 +50,13 @@ def log(
     client = session.client
     named = session.version(of)
     one = "@" in named or "/versions/" in named or "/aliases/" in named
-    found = client.lineage(named) if one else tuple(client.versions(named))
+    # One more than is shown tells that there are more, without asking for them all.
+    found = tuple(islice(client.lineage(named) if one else client.versions(named), number + 1))
     shown = found[:number]
     rejected = frozenset(v.name for v in shown if v.state is VersionState.REJECTED)
     strokes = graph.ASCII if session.output.console.options.ascii_only else graph.UNICODE
     drawn = [part for row in graph.rows(shown, strokes, rejected) for part in _log_lines(row, session.output)]
-    left = [line(f"… {len(found) - len(shown)} more; see them with -n", "dim")] if len(found) > len(shown) else []
+    left = [line("… and more; see them with -n", "dim")] if len(found) > len(shown) else []
     session.output.show(shown, *drawn, *left)
 
 
@@ -58,7 +64,7 @@ def show(
     session: Session,
     name: Annotated[str, typer.Argument(metavar="NAME", help="A version, or the full name of an edit, a trace, …")],
 ) -> None:
-    """A version: facts, figures, layers, size. Or an edit, trace, evaluation, derivation or bisection.
+    """A version: facts, figures, layers, size. Or an edit, trace, measurement, evaluation, and so on.
 
     Work that still runs is waited for. Exits 1 for what was rejected.
     """
@@ -68,6 +74,9 @@ def show(
             conclude_edit(session, session.followed(client.operation(client.get_edit(name)), "editing"))
         case ["models", _, "traces", _]:
             show_trace(session, session.followed(client.operation(client.get_trace(name)), "tracing"))
+        case ["models", _, "measurements", _]:
+            measurement = client.operation(client.get_measurement(name))
+            show_measurement(output, session.followed(measurement, "measuring"))
         case ["models", _, "evaluations", _]:
             evaluation = session.followed(client.operation(client.get_evaluation(name)), "evaluating")
             show_evaluation(output, evaluation)
@@ -117,7 +126,18 @@ def bisect(
         options["good"] = passing
     if not again:
         options["request_id"] = _request_id(failing.name, passing.name if passing else "", asked)
-    show_bisection(session.output, session.followed(client.bisect(failing, asked, **options), "bisecting"))
+    operation = client.bisect(failing, asked, **options)
+    while not again and _came_to_nothing(operation.latest.job):
+        # What stopped it has passed, maybe: the next search is as easily found again as the first.
+        options["request_id"] = _request_id(failing.name, operation.name, asked)
+        operation = client.bisect(failing, asked, **options)
+    show_bisection(session.output, session.followed(operation, "bisecting"))
+
+
+def _came_to_nothing(job: Job) -> bool:
+    """Whether a search was stopped, rather than ended: one without anything to find would end so again."""
+    nothing = job.error is not None and job.error.reason == NothingToBisectError.default_reason
+    return job.state in (State.FAILED, State.CANCELLED) and not nothing
 
 
 def show_bisection(output: Output, found: Bisection) -> None:
@@ -142,10 +162,10 @@ def _failed(results: tuple[ProbeResult, ...]) -> list[str]:
     return [f"{each.question} {each.after!r}, not {each.expected or each.before!r}" for each in results]
 
 
-def _request_id(bad: str, good: str, probes: list[Probe]) -> str:
-    """The same for the same search, so that asking for it again finds it."""
+def _request_id(bad: str, after: str, probes: list[Probe]) -> str:
+    """The same for the same search `after` the good version or a failed one, so that asking for it again finds it."""
     images = [str(path) for probe in probes for path in getattr(probe.prompt, "images", ())]
-    digest = hashlib.sha256(json.dumps([bad, good, plain(probes)], sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps([bad, after, plain(probes)], sort_keys=True).encode())
     for image in images:
         digest.update(Path(image).read_bytes())
     return f"bisect-{digest.hexdigest()[:40]}"

@@ -7,9 +7,9 @@ import typer
 
 from errata.client.cli.output import line
 from errata.client.cli.plain import short, size, when
-from errata.client.cli.problems import UsageError
-from errata.client.cli.session import Session, is_whole
-from errata.client.names import last_part
+from errata.client.cli.problems import NO, UsageError
+from errata.client.cli.session import Session
+from errata.client.names import last_part, says_model
 from errata.client.results import Alias
 
 _VERSION = "atlas@3, atlas@candidate; atlas: its champion; 3, candidate: the only model's."
@@ -55,12 +55,14 @@ def promote(
 
 def rollback(
     session: Session,
-    alias: Annotated[str | None, typer.Argument(metavar="ALIAS", help="Default: the only model's champion.")] = None,
+    alias: Annotated[
+        str | None, typer.Argument(metavar="ALIAS", help="Like atlas@champion; default: the only model's.")
+    ] = None,
     etag: Annotated[str, typer.Option(metavar="ETAG", help="Only from where you saw it.")] = "",
 ) -> None:
     """Point an alias back to the version it named before its last change."""
     named = session.version(alias)
-    full = named if is_whole(named) else f"{named}@champion"
+    full = named if says_model(named) else f"{named}@champion"
     _show_alias(session, session.client.rollback(full, etag=etag), "is again")
 
 
@@ -69,7 +71,10 @@ def delete(
     version: Annotated[str, typer.Argument(metavar="VERSION", help="By its number: atlas@3.")],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Remove a version for good. Refused while an alias or another version needs it."""
+    """Remove a version for good. Refused while an alias or another version needs it.
+
+    Asks first; exits 1 where the answer is no.
+    """
     found = session.client.version(session.version(version))
     if not yes:
         _confirm(session, f"Delete {short(found.name)} for good?")
@@ -92,4 +97,4 @@ def _confirm(session: Session, question: str) -> None:
     if session.output.as_json or not typer.get_text_stream("stdin").isatty():
         raise UsageError(f"{question} Say --yes; nobody can be asked here")
     if not typer.confirm(question, err=True):
-        raise typer.Exit
+        raise typer.Exit(NO)

@@ -53,7 +53,9 @@ class Output:
 
     def document(self, result: object) -> None:
         """Writes one JSON document."""
-        self._write(json.dumps(plain(result), ensure_ascii=False, indent=2) + "\n")
+        written = json.dumps(plain(result), ensure_ascii=False, indent=2)
+        # GitHub's runner takes "##[" for a command, wherever it stands; it can only stand in a string.
+        self._write(written.replace("##[", "#\\u0023[") + "\n")
 
     def _write(self, text: str) -> None:
         self.console.file.write(text)
@@ -63,6 +65,10 @@ class Output:
         with self.console.capture() as captured:
             self.console.print(part)
         return captured.get().removesuffix("\n").split("\n")
+
+    def say(self, text: str) -> None:
+        """Says one more line of the result, however long."""
+        self.console.print(Text(clean(text)), soft_wrap=True)
 
     def note(self, text: str) -> None:
         """Says something beside the result, to stderr."""

@@ -41,8 +41,18 @@ class MissingExtraError(ErrataError):
 
 
 def explain(error: Exception, output: Output) -> int:
-    """Says what went wrong and returns the exit code."""
+    """Says what went wrong and returns the exit code. Raises BrokenPipeError where nobody reads it."""
     reason, message, field = _described(error)
+    try:
+        _say(error, output, reason, message, field)
+    except BrokenPipeError:
+        raise
+    except OSError:  # a full disk, say: the exit code is what is left
+        pass
+    return NO if reason in _NO_REASONS else UNDONE
+
+
+def _say(error: Exception, output: Output, reason: str, message: str, field: str) -> None:
     output.errors.print(f"errata: {clean(message)}", soft_wrap=True)
     if output.verbose:
         output.note(f"reason: {reason}" + (f"\nfield: {field}" if field else ""))
@@ -50,7 +60,6 @@ def explain(error: Exception, output: Output) -> int:
     if output.as_json:
         said: dict[str, JsonValue] = {"reason": reason, "message": message, "field": field}
         output.document({"error": said})
-    return NO if reason in _NO_REASONS else UNDONE
 
 
 def _described(error: Exception) -> tuple[str, str, str]:

@@ -4,11 +4,9 @@ Options of the connection stand before or after the command; after it wins.
 """
 
 import inspect
-import os
-import sys
 import typing
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
@@ -22,12 +20,13 @@ from errata.client import Errata, Tls
 from errata.client.channel import DEFAULT_SERVER, DEFAULT_TIMEOUT
 from errata.client.cli.helping import Command
 from errata.client.cli.output import Output
-from errata.client.cli.problems import BROKEN_PIPE, NO, UsageError
-from errata.client.names import model_part
+from errata.client.cli.problems import NO, UsageError
+from errata.client.names import model_part, says_model
 from errata.client.operations import Operation
 from errata.client.results import Progress, State, Work
 
 W = TypeVar("W", bound=Work)
+G = TypeVar("G")
 _NARROW = 60
 
 
@@ -99,7 +98,7 @@ class Session:
         """
         if given is None:
             return self.model(model) + ref
-        if is_whole(given):
+        if says_model(given):
             return given
         known = [model] if model else [model_part(each.name) for each in self.client.models()]
         if given in known:
@@ -143,11 +142,6 @@ class Session:
             last = step.stage
 
 
-def is_whole(name: str) -> bool:
-    """Whether a version's name says its model, too."""
-    return "@" in name or name.startswith("models/")
-
-
 def counted(step: Progress) -> tuple[str, int | None]:
     """How far a stage is, in a text, and its total; None where it is not known yet, or was guessed and is passed."""
     total = step.total if step.done <= step.total else 0
@@ -155,22 +149,23 @@ def counted(step: Progress) -> tuple[str, int | None]:
 
 
 def add(app: typer.Typer, name: str, run: Callable[..., None], example: str) -> None:
-    """Makes a command of a function whose first parameter is the session and whose docstring is its help."""
+    """Makes a command of a function whose first parameter is the session and whose docstring is its help.
+
+    A parameter that is a dataclass stands for its fields, each an option.
+    """
     own = list(inspect.signature(run, eval_str=True).parameters.values())[1:]
+    groups = {each.name: each.annotation for each in own if is_dataclass(each.annotation)}
+    spread = [part for each in own for part in (_fields(each.annotation) if each.name in groups else (each,))]
     shared = [_JSON, *_options(hidden=True)]
 
     def call(context: typer.Context, **given: object) -> None:
         as_json = bool(given.pop("json"))
-        settings = _taken(given).over(context.obj)
-        try:
-            with Session(settings, as_json=as_json) as session:
-                run(session, **given)
-        except BrokenPipeError:
-            # Nobody reads on; Python's own flush at the end must not complain either.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise typer.Exit(BROKEN_PIPE) from None
+        settings = _taken(given, Settings).over(context.obj)
+        given |= {name: _taken(given, group) for name, group in groups.items()}
+        with Session(settings, as_json=as_json) as session:
+            run(session, **given)
 
-    _signed(call, [_CONTEXT, *own, *shared])
+    _signed(call, [_CONTEXT, *spread, *shared])
     told = " ".join((inspect.getdoc(run) or "").split())
     app.command(name, cls=Command, help=told, epilog=f"\b\nExample: {example}")(call)
 
@@ -182,7 +177,7 @@ def add_root(app: typer.Typer, help: str, epilog: str, release: Callable[[], str
         if version:
             typer.echo(release())
             raise typer.Exit
-        context.obj = _taken(given)
+        context.obj = _taken(given, Settings)
         if context.invoked_subcommand is None:
             typer.echo(context.get_help())
 
@@ -220,11 +215,13 @@ def _options(*, hidden: bool) -> list[inspect.Parameter]:
     ]
 
 
-def _taken(given: dict[str, object]) -> Settings:
-    """The settings among the arguments, which they are taken out of."""
-    names = [each.name for each in fields(Settings)]
-    chosen: Mapping[str, object] = {name: given.pop(name) for name in names}
-    return Settings(**chosen)  # type: ignore[arg-type]  # typer has converted them
+def _taken(given: dict[str, object], group: type[G]) -> G:
+    """A dataclass of those of the arguments that are its fields, which they are taken out of."""
+    return group(**{each.name: given.pop(each.name) for each in fields(group)})  # type: ignore[arg-type]
+
+
+def _fields(group: type) -> list[inspect.Parameter]:
+    return list(inspect.signature(group, eval_str=True).parameters.values())
 
 
 def _signed(call: Callable[..., None], parameters: list[inspect.Parameter]) -> None:

@@ -11,7 +11,7 @@ from errata.client.cli.plain import short, size
 from errata.client.cli.session import Session
 
 _SECONDS = 3600.0
-"""For the whole folder, unless the caller gives a longer --timeout: a merged checkpoint is large."""
+"""For the whole folder, unless the caller gives a --timeout: a merged checkpoint is large."""
 
 
 def export(
@@ -24,7 +24,6 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
 ) -> None:
     """Write a version as a folder that PEFT, vLLM or transformers load."""
-    seconds = max(session.settings.timeout or 0.0, _SECONDS)
     done = session.client.export(
         session.version(version),
         folder,
@@ -32,7 +31,7 @@ def export(
         dtype=dtype,
         license=license,
         overwrite=overwrite,
-        timeout=seconds,
+        timeout=session.settings.timeout or _SECONDS,
     )
     worst = max(done.rounding, key=lambda each: each.relative_error, default=None)
     told = [

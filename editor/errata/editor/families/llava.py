@@ -1,4 +1,4 @@
-"""LLaVA-1.5: a CLIP tower and a Llama decoder.
+"""LLaVA-1.5, LLaVA-NeXT, LLaVA-OneVision and InternVL: a tower, a projector and a text decoder of Llama's tree.
 
 LlavaForConditionalGeneration
 ├── model
@@ -6,7 +6,7 @@ LlavaForConditionalGeneration
 │   └── language_model        as Llama's `model`
 └── lm_head
 
-The processor expands each `<image>` of the prompt to as many image tokens as the tower has patches.
+The processor expands the placeholder of each image to as many image tokens as the tower makes of it.
 """
 
 from dataclasses import replace
@@ -15,7 +15,12 @@ from errata.editor.families.llama import LLAMA
 
 LLAVA = replace(
     LLAMA,
-    architectures=("LlavaForConditionalGeneration",),
+    architectures=(
+        "LlavaForConditionalGeneration",
+        "LlavaNextForConditionalGeneration",
+        "LlavaOnevisionForConditionalGeneration",
+        "InternVLForConditionalGeneration",
+    ),
     decoder="model.language_model",
     image_token="image_token_id",
 )

@@ -16,7 +16,7 @@ from errata.editor.report.pictures import data_uri
 from errata.editor.report.style import png, svg
 from errata.editor.report.wording import MISSING, counted, plain
 
-__all__ = ["captioned", "draw", "page", "png", "svg"]
+__all__ = ["captioned", "draw", "environment", "page", "png", "section", "svg"]
 
 _DPI = 220
 _KINDS = {
@@ -44,7 +44,19 @@ def captioned(findings: Findings) -> tuple[Plot, ...]:
 
 def page(findings: Sequence[Findings], *, title: str = "Measurements") -> str:
     """All of these on one page that loads nothing and runs nothing: numbers, figures, tables, what was left out."""
-    environment = Environment(
+    sections = [(each, _plates(each)) for each in findings]
+    return environment().get_template("page.html.j2").render(title=title, sections=sections, counted=counted)
+
+
+def section(findings: Findings, *, anchor: str) -> str:
+    """One measurement's part of a page, in HTML; `anchor` is what links to it name."""
+    template = environment().get_template("section.html.j2")
+    return template.render(each=findings, plates=_plates(findings), anchor=anchor, counted=counted)
+
+
+def environment() -> Environment:
+    """Where pages of measurements come from: `plates.css.j2` and `report.css.j2` are their style."""
+    made = Environment(
         loader=ChoiceLoader(
             [PackageLoader("errata.editor.measurements", "."), PackageLoader("errata.editor.report", ".")]
         ),
@@ -53,9 +65,12 @@ def page(findings: Sequence[Findings], *, title: str = "Measurements") -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"plain": plain, "number": _number, "interval": _interval}
-    sections = [(each, [_plate(each, plot) for plot in each.plots]) for each in findings]
-    return environment.get_template("page.html.j2").render(title=title, sections=sections, counted=counted)
+    made.filters |= {"plain": plain, "number": _number, "interval": _interval}
+    return made
+
+
+def _plates(findings: Findings) -> list[_Plate]:
+    return [_plate(findings, plot) for plot in findings.plots]
 
 
 def _plate(findings: Findings, plot: Plot) -> _Plate:

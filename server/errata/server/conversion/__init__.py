@@ -30,11 +30,14 @@ from errata.server.conversion.encode import (
     version_message,
 )
 from errata.server.conversion.enums import COMPONENTS, METHODS, METRICS, PUBLISH_STATES, STATES, configured_guardrails
+from errata.server.conversion.findings import measurement_message, measurement_outcome, planned_measurement
 from errata.server.conversion.limits import page_size, request_id
+from errata.server.conversion.measuring import SETTINGS, within_settings
 from errata.server.conversion.orders import (
     EditOrder,
     EvaluationOrder,
     GenerateOrder,
+    MeasurementOrder,
     Promotion,
     ScoreOrder,
     TraceOrder,
@@ -46,11 +49,13 @@ __all__ = [
     "METHODS",
     "METRICS",
     "PUBLISH_STATES",
+    "SETTINGS",
     "STATES",
     "Decoder",
     "EditOrder",
     "EvaluationOrder",
     "GenerateOrder",
+    "MeasurementOrder",
     "Promotion",
     "ScoreOrder",
     "TraceOrder",
@@ -64,11 +69,14 @@ __all__ = [
     "evaluation_message",
     "evaluation_outcome",
     "job_message",
+    "measurement_message",
+    "measurement_outcome",
     "model_message",
     "outcome_message",
     "page_size",
     "planned_edit",
     "planned_evaluation",
+    "planned_measurement",
     "planned_trace",
     "probe_result_message",
     "promotion",
@@ -80,4 +88,5 @@ __all__ = [
     "settings_message",
     "trace_message",
     "version_message",
+    "within_settings",
 ]

@@ -9,8 +9,9 @@ from dataclasses import replace
 
 from PIL import Image
 
-from errata.editor.errors import InvalidInputError, PromptError, TargetError
+from errata.editor.errors import ImageError, InvalidInputError, PromptError, TargetError
 from errata.editor.evaluation import Metric, Probe
+from errata.editor.measurements.questions import Box, Question
 from errata.editor.methods import EditSettings
 from errata.editor.prompts import Constraint, Prompt
 from errata.editor.requests import Context, EditRequest, check_batch
@@ -18,16 +19,25 @@ from errata.editor.trace import Corruption, OtherImage, Substitution, TraceReque
 from errata.server.conversion import limits
 from errata.server.conversion.enums import COMPONENTS, METHODS, METRICS
 from errata.server.conversion.limits import joined
-from errata.server.conversion.orders import EditOrder, EvaluationOrder, GenerateOrder, ScoreOrder, TraceOrder
+from errata.server.conversion.measuring import SWEEP, kind_of, settings_of
+from errata.server.conversion.orders import (
+    EditOrder,
+    EvaluationOrder,
+    GenerateOrder,
+    MeasurementOrder,
+    ScoreOrder,
+    TraceOrder,
+)
 from errata.server.conversion.pinning import M, pinned
 from errata.server.errors import MalformedError
 from errata.server.images import ImagePolicy
 from errata.server.ledger.rows import JobKind
 from errata.server.names import VersionRef, alias_part, job_of, version_ref
-from errata.v1 import common_pb2, edit_pb2, evaluation_pb2, inference_pb2, trace_pb2
+from errata.v1 import common_pb2, edit_pb2, evaluation_pb2, inference_pb2, measurement_pb2, trace_pb2
 
 _MOST_CONTEXTS, _MOST_PRESERVED = 512, 128
 _MOST_REQUESTS, _MOST_QUESTIONS, _MOST_PROBES = 1000, 200, 10_000
+_MOST_MEASURED, _MOST_SWEPT, _MOST_CONSTRAINTS = 500, 200, 8
 _MOST_CANDIDATES, _MOST_STOPS = 64, 8
 _MAX_NEW_TOKENS = 32
 
@@ -54,23 +64,29 @@ class Decoder:
         if not message.text.strip():
             raise PromptError("the prompt is empty; give the question to ask", field=joined(field, "text"))
         text = limits.note(message.text, joined(field, "text"))
-        return Prompt(text=text, images=self._opened(message.images, joined(field, "images")), chat=not message.raw)
+        prompt = Prompt(text=text, images=self._opened(message.images, joined(field, "images")), chat=not message.raw)
+        self._images.hold(*prompt.images)  # its own copies
+        return prompt
 
     def _opened(self, images: Sequence[common_pb2.Image], field: str) -> tuple[Image.Image, ...]:
-        return tuple(self._open(image, f"{field}[{i}]") for i, image in enumerate(images))
+        """The images of one prompt, which a processor works on together."""
+        most = self._images.limits.max_pixels
+        found: list[Image.Image] = []
+        for i, image in enumerate(images):
+            found.append(self._open(image, f"{field}[{i}]"))
+            if sum(f.width * f.height for f in found) > most:
+                raise ImageError(
+                    f"the prompt's images have more than {most} pixels together; make them smaller",
+                    field=f"{field}[{i}]",
+                )
+        return tuple(found)
 
     def _asked(self, message: common_pb2.Context | trace_pb2.TracedQuestion, field: str) -> tuple[Prompt, Constraint]:
         """The prompt and the constraint of a context or a question, found in each other."""
         limits.present(message.HasField("prompt"), joined(field, "prompt"))
         limits.present(message.HasField("constraint"), joined(field, "constraint"))
-        given = message.constraint
-        constraint = Constraint(text=given.text, occurrence=given.occurrence if given.HasField("occurrence") else None)
         prompt = self.prompt(message.prompt, joined(field, "prompt"))
-        try:
-            constraint.span(prompt.text)
-        except InvalidInputError as error:
-            raise _within(error, field) from None
-        return prompt, constraint
+        return prompt, _constraint(message.constraint, prompt, joined(field, "constraint"))
 
     def context(self, message: common_pb2.Context, field: str) -> Context:
         """One way of asking for a fact. Raises ConstraintNotFoundError and what `prompt` does."""
@@ -106,7 +122,30 @@ class Decoder:
         corruption = self._corruption(message, prompt, field)
         return TraceRequest(prompt=prompt, constraint=constraint, corruption=corruption, answer=answer)
 
-    def _corruption(self, message: trace_pb2.TracedQuestion, prompt: Prompt, field: str) -> Corruption:
+    def question(self, message: measurement_pb2.MeasuredQuestion, field: str) -> Question:
+        """A question to measure. Raises ConstraintNotFoundError, PromptError, InvalidInputError for its box."""
+        limits.present(message.HasField("prompt"), joined(field, "prompt"))
+        limits.count(message.constraints, joined(field, "constraints"), 1, _MOST_CONSTRAINTS)
+        limits.count(message.corruptions, joined(field, "corruptions"), 0, _MOST_CONSTRAINTS)
+        prompt = self.prompt(message.prompt, joined(field, "prompt"))
+        spans, wrong = joined(field, "constraints"), joined(field, "corruptions")
+        constraints = tuple(_constraint(c, prompt, f"{spans}[{i}]") for i, c in enumerate(message.constraints))
+        corruptions = tuple(self._corruption(c, prompt, f"{wrong}[{i}]") for i, c in enumerate(message.corruptions))
+        answer = _answer(message.answer if message.HasField("answer") else None, joined(field, "answer"))
+        try:
+            return Question(
+                prompt=prompt,
+                constraints=constraints,
+                corruptions=corruptions,
+                answer=answer,
+                box=_box(message.box) if message.HasField("box") else None,
+            )
+        except InvalidInputError as error:
+            raise _within(error, field) from None
+
+    def _corruption(
+        self, message: trace_pb2.TracedQuestion | measurement_pb2.Corruption, prompt: Prompt, field: str
+    ) -> Corruption:
         kind = message.WhichOneof("corruption")
         limits.present(kind is not None, joined(field, "corruption"))
         if kind == "substitute":
@@ -182,6 +221,25 @@ class Decoder:
             validate_only=message.validate_only,
         )
 
+    def measurement(self, message: measurement_pb2.CreateMeasurementRequest) -> MeasurementOrder:
+        """A whole CreateMeasurementRequest."""
+        decoder, kind = self._for_call(), kind_of(message)
+        _check_measured(message, kind)
+        requests = tuple(decoder.edit_request(r, f"requests[{i}]") for i, r in enumerate(message.requests))
+        if requests:
+            check_batch(requests)
+        return MeasurementOrder(
+            version=version_ref(message.version, "version"),
+            questions=tuple(decoder.question(q, f"questions[{i}]") for i, q in enumerate(message.questions)),
+            requests=requests,
+            probes=decoder._probes(message.probes, 0),
+            references=decoder._contexts(message.references, "references"),
+            kind=kind,
+            settings=settings_of(kind, getattr(message, kind)),
+            request_id=limits.request_id(message.request_id),
+            validate_only=message.validate_only,
+        )
+
     def edit(self, message: edit_pb2.CreateEditRequest) -> EditOrder:
         """A whole CreateEditRequest."""
         decoder = self._for_call()
@@ -248,6 +306,36 @@ class Decoder:
             prompt=self._for_call().prompt(message.prompt, "prompt"),
             candidates=tuple(limits.text(c, f"candidates[{i}]") for i, c in enumerate(message.candidates)),
         )
+
+
+def _constraint(message: common_pb2.Constraint, prompt: Prompt, field: str) -> Constraint:
+    """A constraint, found in its prompt. Raises ConstraintNotFoundError."""
+    constraint = Constraint(
+        text=message.text, occurrence=message.occurrence if message.HasField("occurrence") else None
+    )
+    try:
+        constraint.span(prompt.text)
+    except InvalidInputError as error:
+        error.field = f"{field}.{error.field.removeprefix('constraint.')}"
+        raise
+    return constraint
+
+
+def _check_measured(message: measurement_pb2.CreateMeasurementRequest, kind: str) -> None:
+    """Raises MalformedError for too many or too few of what the kind measures, and for what it does not take."""
+    listed = {"questions": (1, _MOST_MEASURED)}
+    if kind == SWEEP:
+        listed = {"requests": (1, _MOST_SWEPT), "probes": (0, _MOST_PROBES), "references": (0, _MOST_PROBES)}
+    for field in ("questions", "requests", "probes", "references"):
+        given = getattr(message, field)
+        if field in listed:
+            limits.count(given, field, *listed[field])
+        elif given:
+            raise MalformedError(f"{kind} takes no {field}; give {', '.join(listed)}", field=field)
+
+
+def _box(message: measurement_pb2.Box) -> Box:
+    return Box(left=message.left, top=message.top, right=message.right, bottom=message.bottom)
 
 
 def _answer(value: str | None, field: str) -> str | None:

@@ -12,8 +12,10 @@ T = TypeVar("T")
 
 _PAGE, _LARGEST_PAGE = 50, 1000
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
-# PostgreSQL stores no NUL, and no prompt means a bell.
-_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+_LONGEST = 200_000
+"""Characters of any text: tokenizing it is a few tenths of a second, and no question needs as many."""
+# PostgreSQL stores no NUL, and no prompt means a bell, nor an escape in its one-character form.
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x84\x86-\x9f]")
 _LINE_BREAK = re.compile(r"[\n\r\u0085\u2028\u2029]")
 
 
@@ -28,16 +30,16 @@ def present(is_present: bool, field: str) -> None:
         raise MalformedError(f"{field} is missing; it is required", field=field, reason="MISSING_FIELD")
 
 
-def text(value: str, field: str, *, most: int | None = None, one_line: bool = False) -> str:
+def text(value: str, field: str, *, most: int = _LONGEST, one_line: bool = False) -> str:
     """A text that says something, of at most `most` characters."""
     if not value.strip():
         raise MalformedError(f"{field} is blank; give a text", field=field, reason="MISSING_FIELD")
     return note(value, field, most=most, one_line=one_line)
 
 
-def note(value: str, field: str, *, most: int | None = None, one_line: bool = False) -> str:
+def note(value: str, field: str, *, most: int = _LONGEST, one_line: bool = False) -> str:
     """A text that may be empty."""
-    if most is not None and len(value) > most:
+    if len(value) > most:
         raise MalformedError(
             f"{field} has {len(value)} characters; give at most {most}", field=field, reason="OUT_OF_RANGE"
         )

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from errata.editor.evaluation import Metric, Probe
+from errata.editor.measurements.questions import Question
 from errata.editor.methods import EditSettings
 from errata.editor.prompts import Prompt
 from errata.editor.requests import Context, EditRequest
@@ -21,6 +22,25 @@ class TraceOrder:
     version: VersionRef
     questions: tuple[TraceRequest, ...] = field(repr=False)
     settings: TraceSettings
+    request_id: str | None
+    validate_only: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasurementOrder:
+    """A CreateMeasurementRequest. `settings` are those of the kind, as the editor has them.
+
+    A layer sweep has `requests`, `probes` and `references`; every other kind has `questions`. Without `references` the
+    model's own are meant.
+    """
+
+    version: VersionRef
+    questions: tuple[Question, ...] = field(repr=False)
+    requests: tuple[EditRequest, ...] = field(repr=False)
+    probes: tuple[Probe, ...] = field(repr=False)
+    references: tuple[Context, ...] = field(repr=False)
+    kind: str
+    settings: object
     request_id: str | None
     validate_only: bool
 

@@ -21,7 +21,7 @@ from queue import SimpleQueue
 import torch
 
 from errata.editor.delta import Delta
-from errata.editor.errors import CancelledError, ErrataError, PromptError
+from errata.editor.errors import CancelledError, ErrataError, InvalidInputError
 from errata.editor.mixed import MixedDeltas, VersionFactors, replica
 from errata.editor.model import EditableModel, Encoded
 from errata.server.engine.batch import Chosen, Row, RunningBatch
@@ -72,7 +72,6 @@ class Engine:
         self._model = replica(model)
         # Encoding sets a tokenizer's options, which must not happen while another thread reads it.
         self._encoder = replace(self._model, processor=copy.deepcopy(self._model.processor))
-        self._context = getattr(self._model.model.config.get_text_config(), "max_position_embeddings", None)
         self._ends = _end_tokens(self._model)
         self._versions = LoadedVersions(self._model, deltas_of, self._settings.version_bytes)
         self._incoming: SimpleQueue[Work | None] = SimpleQueue()
@@ -200,37 +199,31 @@ class Engine:
             work.row = Row(encoded=encoded, version=self._version(work.request.version), sampling=sampling)
             work.text = TextStream(self._model.tokenizer, work.request.stop)
         elif isinstance(work, Judging):
-            work.rows = [self._candidate(work.request, i) for i in range(len(work.request.candidates))]
+            work.rows = list(self._candidates(work.request))
             work.version = self._version(work.request.version)
 
     def _version(self, version: int) -> VersionFactors | None:
         factors = self._versions.get(version)
         return factors if factors.layers else None
 
-    def _candidate(self, request: Scoring, i: int) -> Encoded:
-        row = self._encoder.encode(request.prompt, request.candidates[i])
+    def _candidates(self, request: Scoring) -> Iterator[Encoded]:
+        """The prompt with each candidate and the end token after it."""
         end = self._model.end_token_id
-        if end >= 0 and int(row.ids[-1]) != end:
-            row = row.replaced(torch.cat([row.ids, torch.tensor([end])]))
-        if len(row.answer) > self._room(row):
-            raise PromptError(
-                f"the prompt and its answer have {len(row.ids)} tokens, the model's context holds {self._context}; "
-                "shorten them",
-                field=f"candidates[{i}]",
-            )
-        return row
+        rows = self._encoder.encode_each(request.prompt, request.candidates)
+        for i in range(len(request.candidates)):
+            try:
+                row = next(rows)
+            except InvalidInputError as error:
+                if error.field == "target":
+                    error.field = f"candidates[{i}]"
+                raise
+            whole = end < 0 or int(row.ids[-1]) == end
+            yield row if whole else row.replaced(torch.cat([row.ids, torch.tensor([end])]))
 
     def _room(self, encoded: Encoded) -> int:
-        """Tokens that fit the model's context after the prompt; raises PromptError where none does."""
-        if self._context is None:
-            return 2**31
-        if encoded.prompt_length >= self._context:
-            raise PromptError(
-                f"the prompt has {encoded.prompt_length} tokens, image tokens included; the model's context holds "
-                f"{self._context} with the answer; shorten it",
-                field="prompt.text",
-            )
-        return int(self._context - encoded.prompt_length)
+        """Tokens that fit the model's context after the prompt."""
+        holds = self._model.context_length
+        return 2**31 if holds is None else holds - encoded.prompt_length
 
     # The engine thread
 

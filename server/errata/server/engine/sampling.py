@@ -75,7 +75,8 @@ class _Group:
         chosen = [(rule, generated[i]) for i in rows if (rule := rules[i])]
         self.rows = torch.tensor(rows, device=device)
         self._restricted = chosen[0][0].restricted
-        self._temperature = torch.tensor([[r.temperature] for r, _ in chosen], device=device)
+        least = torch.finfo(torch.float32).tiny
+        self._temperature = torch.tensor([[max(r.temperature, least)] for r, _ in chosen], device=device)
         self._top_p = torch.tensor([[r.top_p] for r, _ in chosen], device=device, dtype=torch.float64)
         self._top_k = torch.tensor([[r.top_k or torch.iinfo(torch.long).max] for r, _ in chosen], device=device)
         self._uniforms = pad_sequence([r.uniforms[n:] for r, n in chosen], batch_first=True).to(device)
@@ -83,7 +84,9 @@ class _Group:
 
     def drawn(self, logits: Float[Tensor, "rows vocabulary"]) -> Int[Tensor, " group"]:
         """One token a row; uses up one uniform number of each."""
-        scaled = logits.index_select(0, self.rows) / self._temperature
+        scaled = logits.index_select(0, self.rows)
+        # The likeliest token stands at 0, and the others go to −∞ with the temperature: nothing overflows.
+        scaled = (scaled - scaled.amax(-1, keepdim=True)) / self._temperature
         uniform = self._uniforms[:, self._step, None]
         self._step += 1
         if not self._restricted:

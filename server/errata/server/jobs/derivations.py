@@ -3,9 +3,9 @@
 Until the one transaction in the ledger nothing of it can be seen, so it can be stopped anywhere and done again.
 
 Whose probes judge it: those of all edits concerned that it does not take away. For a revert these are the edits made on
-top of the reverted one, and what it brings back. The reverted one's own probes are asked and told, but count for
-nothing, as what they expect is not to be there any more. What is right there is what the version before that edit
-answers.
+top of the reverted one, and what it brings back. The reverted one's own probes are asked and told: what is right there
+is what the version before that edit answers. They judge where nothing else does, what was installed has to be gone then;
+above later edits they count for nothing, as a later one may have changed the same answers.
 """
 
 import tempfile
@@ -182,6 +182,11 @@ class _Derived:
         self._job.stage("evaluate")
         plan, outcome = self._plan, self.outcome
         judged = self._judging()
+        reverted: list[Probe] = []
+        if isinstance(plan.operation, RevertOrder):
+            reverted = self._reverted(model)
+            if not plan.judging:
+                judged += [_Owned(probe=probe, part=plan.parts[0]) for probe in reverted]
         after = (*self._parent, delta)
         evaluation = compare(model, [o.probe for o in judged], self._parent, after)
         least = in_force(configured_guardrails(self._loaded.settings.guardrails), self._order.guardrails)
@@ -192,9 +197,9 @@ class _Derived:
             mine = replace(evaluation, results=tuple(r for r in evaluation.results if owner[id(r.probe)] is part))
             later = outcome.later.add(version=_name(part.row), facts=part.row.facts)
             later.scores.extend(map(score_message, mine.scores))
-        if isinstance(plan.operation, RevertOrder):
-            reverted = compare(model, self._reverted(model), self._parent, after)
-            outcome.reverted.extend(map(probe_result_message, reverted.results))
+        if reverted:
+            asked = compare(model, reverted, self._parent, after)
+            outcome.reverted.extend(map(probe_result_message, asked.results))
         if isinstance(plan.operation, SquashOrder):
             outcome.equality.CopyFrom(self._equality(model, [o.probe for o in judged], delta))
         return evaluation

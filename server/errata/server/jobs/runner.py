@@ -24,6 +24,7 @@ from errata.server.jobs.edits import EditWork
 from errata.server.jobs.evaluations import EvaluationWork
 from errata.server.jobs.events import JobEvents
 from errata.server.jobs.faults import Fault, no_fault
+from errata.server.jobs.measurements import MeasurementWork
 from errata.server.jobs.publishing import Publisher
 from errata.server.jobs.running import RunningJob
 from errata.server.jobs.traces import TraceWork
@@ -78,6 +79,7 @@ class JobRunner:
                 Publisher(ledger, delta_store, artifact_store, outbox_notify, fault),
             ),
             JobKind.BISECTION: BisectionWork(ledger, models, decoder),
+            JobKind.MEASUREMENT: MeasurementWork(ledger, models, artifact_store, outbox_notify, decoder),
         }
         self._ring = threading.Condition()
         self._rung = 0

@@ -1,17 +1,21 @@
 """A job while a thread works on it: it says how far it is, and hears whether to go on."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
 from errata.editor.errors import CancelledError
 from errata.editor.model import EditableModel
+from errata.server.errors import LedgerUnavailableError
 from errata.server.ledger.ledger import Ledger
 from errata.server.ledger.rows import JobRow
 
 T = TypeVar("T")
+
+_log = logging.getLogger(__name__)
 
 INTERVAL = 0.2
 """Seconds between two writes of a stage's progress, and between two looks at whether to stop."""
@@ -53,14 +57,16 @@ class RunningJob:
             self._write(done, total)
 
     def _write(self, done: int, total: int) -> None:
-        self._ledger.progress(self.row.id, self._stage, done, total)
+        with _bearing_an_outage():
+            self._ledger.progress(self.row.id, self._stage, done, total)
         self._written = self._clock()
         self._changed(self.row.id)
 
     def cancelled(self, *, now: bool = False) -> bool:
         """Whether to stop: somebody asked for it, or the server ends. The ledger is asked `now` or every `INTERVAL`."""
         if not self._asked_to_stop and (now or self._clock() - self._looked >= INTERVAL):
-            self._asked_to_stop = self._ledger.cancel_requested(self.row.id)
+            with nullcontext() if now else _bearing_an_outage():
+                self._asked_to_stop = self._ledger.cancel_requested(self.row.id)
             self._looked = self._clock()
         return self._asked_to_stop or self._interrupted()
 
@@ -91,3 +97,12 @@ class RunningJob:
             yield model
         finally:
             handle.remove()
+
+
+@contextmanager
+def _bearing_an_outage() -> Iterator[None]:
+    """Hours of work are not given up because nobody can be told how far it is. What it comes to must be written."""
+    try:
+        yield
+    except LedgerUnavailableError:
+        _log.warning("the ledger does not answer; the job goes on")

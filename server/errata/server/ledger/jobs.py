@@ -1,4 +1,4 @@
-"""Traces, edits, evaluations, derivations and bisections: the queue, and what became of each.
+"""Traces, edits, evaluations, derivations, bisections, measurements: the queue, and what became of each.
 
 A job is PENDING, then RUNNING, then ended for good. Requests and results can be tens of megabytes: only `create_job`,
 `job`, `claim`, `finish` and `requeue` hand them out; every list leaves them empty and has the `summary` instead.
@@ -16,7 +16,8 @@ from errata.server.errors import NotFoundError, RequestIdReusedError
 from errata.server.ledger.audit import write_down
 from errata.server.ledger.database import Database
 from errata.server.ledger.models import known_model
-from errata.server.ledger.rows import Failure, JobKind, JobRow, JobState
+from errata.server.ledger.outbox import enqueue
+from errata.server.ledger.rows import Failure, JobKind, JobRow, JobState, TaskKind
 from errata.server.ledger.tables import BodyPart, Job, JobBody, Version
 from errata.server.ledger.versions import live_version
 from errata.server.names import job_name
@@ -137,10 +138,12 @@ class JobLedger(Database):
         result: bytes | None = None,
         failure: Failure | None = None,
         summary: bytes | None = None,
+        publish: bool = False,
     ) -> JobRow:
         """Ends the job; one that has ended already stays as it is. A job that made a version: `commit_edit`.
 
         A `result` replaces what was kept (`keep`), a `summary` what the job was queued with; without, those stay.
+        With `publish` MLflow is to be told of the measurement, in the same transaction.
 
         Raises:
             ValueError: `state` is not an end.
@@ -155,6 +158,9 @@ class JobLedger(Database):
                 if result is not None:
                     session.merge(JobBody(seq=found.seq, part=BodyPart.RESULT, body=result))
                     session.flush()
+                if publish:
+                    told = {"measurement": found.id}
+                    enqueue(session, self._now(), TaskKind.PUBLISH_MEASUREMENT, found.model, found.version, told)
             return full_row(session, found)
 
     def keep(self, job: str, result: bytes) -> None:
@@ -303,4 +309,5 @@ def _row(job: Job, request: bytes = b"", result: bytes | None = None) -> JobRow:
         start_time=job.start_time,
         end_time=job.end_time,
         summary=job.summary,
+        mlflow_run_id=job.mlflow_run_id or "",
     )

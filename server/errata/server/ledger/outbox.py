@@ -9,7 +9,7 @@ from sqlalchemy.orm import Session, aliased
 
 from errata.server.ledger.database import Database
 from errata.server.ledger.rows import PublishState, TaskKind, TaskRow, VersionRow
-from errata.server.ledger.tables import Task, Version
+from errata.server.ledger.tables import Job, Task, Version
 from errata.server.ledger.versions import version_rows
 
 
@@ -31,8 +31,9 @@ def enqueue(
 
 
 def drop_tasks(session: Session, model: str, version: int) -> None:
-    """Forgets what MLflow was still to be told of a version that is being deleted."""
-    session.execute(delete(Task).where(Task.model == model, Task.version == version))
+    """Forgets what MLflow was still to be told of a version that is being deleted; not of measurements of it."""
+    of_version = Task.model == model, Task.version == version, Task.kind != TaskKind.PUBLISH_MEASUREMENT
+    session.execute(delete(Task).where(*of_version))
 
 
 class OutboxLedger(Database):
@@ -40,7 +41,7 @@ class OutboxLedger(Database):
 
     Payloads: PUBLISH `{"edit"}`; SET_ALIAS `{"alias"}`, where `version` 0 means that MLflow has no such version (the
     base, or one made without MLflow) and the alias is to be taken away; DELETE_VERSION `{"edit", "mlflow_version",
-    "run_id"}`, the last two as known when it was deleted.
+    "run_id"}`, the last two as known when it was deleted; PUBLISH_MEASUREMENT `{"measurement"}`.
     """
 
     def tasks_due(self, now: datetime, limit: int) -> list[TaskRow]:
@@ -70,6 +71,11 @@ class OutboxLedger(Database):
         values = {"publish_state": PublishState.PUBLISHED, "mlflow_run_id": run_id, "mlflow_version": mlflow_version}
         with self._write.begin() as session:
             session.execute(update(Version).where(Version.model == model, Version.number == number).values(values))
+
+    def measurement_published(self, job: str, run_id: str) -> None:
+        """The measurement is in MLflow under this run. Idempotent."""
+        with self._write.begin() as session:
+            session.execute(update(Job).where(Job.id == job).values(mlflow_run_id=run_id))
 
     def unpublished(self) -> list[VersionRow]:
         """The versions that are to be in MLflow and are not yet, by model and number."""

@@ -13,6 +13,7 @@ class JobKind(StrEnum):
     EVALUATION = "evaluation"
     DERIVATION = "derivation"
     BISECTION = "bisection"
+    MEASUREMENT = "measurement"
 
 
 class JobState(StrEnum):
@@ -45,6 +46,7 @@ class TaskKind(StrEnum):
     PUBLISH = "publish"
     SET_ALIAS = "set_alias"
     DELETE_VERSION = "delete_version"
+    PUBLISH_MEASUREMENT = "publish_measurement"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +74,7 @@ class JobRow:
 
     `summary` is what a list shows of the job, in a few bytes, of its outcome too once it has ended.
     `version` is the version worked on; `made` the version that it made. `attempt` counts its starts. A running job
-    has a `result` where it keeps what it has found so far.
+    has a `result` where it keeps what it has found so far. `mlflow_run_id` is empty until a measurement is published.
     """
 
     id: str
@@ -94,6 +96,7 @@ class JobRow:
     start_time: datetime | None
     end_time: datetime | None
     summary: bytes = b""
+    mlflow_run_id: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

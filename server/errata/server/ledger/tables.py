@@ -166,6 +166,7 @@ class Job(Base):
     create_time: Mapped[datetime]
     start_time: Mapped[datetime | None]
     end_time: Mapped[datetime | None]
+    mlflow_run_id: Mapped[str | None]
 
 
 class JobBody(Base):

@@ -28,15 +28,15 @@ def describe(version: VersionRow, record: EditRecord) -> str:
 def _headline(version: VersionRow) -> str:
     """What MLflow's list of versions shows where nobody described the edit: it has room for one line."""
     first, more = version.facts[:1], len(version.facts) - 1
-    return "".join(map(_plain, first)) + (f", and {more} more" if more > 0 else "")
+    return "".join(map(markdown, first)) + (f", and {more} more" if more > 0 else "")
 
 
 def _facts(version: VersionRow, record: EditRecord, room: int) -> str:
     if record.changes:
         head = ["| fact | before | after |", "|---|---|---|"]
-        rows = [f"| {_plain(c.name)} | {_plain(c.before)} | **{_plain(c.after)}** |" for c in record.changes]
+        rows = [f"| {markdown(c.name)} | {markdown(c.before)} | **{markdown(c.after)}** |" for c in record.changes]
     else:
-        head, rows = [], [f"- {_plain(fact)}" for fact in version.facts]
+        head, rows = [], [f"- {markdown(fact)}" for fact in version.facts]
     shown = list(rows)
     while shown and len("\n".join(head + shown)) + 60 > room:
         shown.pop()
@@ -57,7 +57,7 @@ def _scores(version: VersionRow) -> str:
 def _rejections(version: VersionRow) -> str:
     if not version.rejections:
         return ""
-    lines = "\n".join(f"- {_plain(line)}" for line in version.rejections[:10])
+    lines = "\n".join(f"- {markdown(line)}" for line in version.rejections[:10])
     return f"**Rejected by its guardrails**\n{lines}"
 
 
@@ -65,13 +65,13 @@ def _origin(version: VersionRow) -> str:
     layers = ", ".join(map(str, version.layers)) or "none"
     return (
         f"`{version_name(version.model, version.number)}` on `{version_name(version.model, version.parent or 0)}`, by "
-        f"{_plain(version.created_by)}, {version.create_time:%Y-%m-%d %H:%M} UTC. "
+        f"{markdown(version.created_by)}, {version.create_time:%Y-%m-%d %H:%M} UTC. "
         f"Delta of {version.delta_bytes / 1024:.1f} KiB at layers {layers}, on the base `{version.base_sha256[:12]}`."
     )
 
 
-def _plain(text: str) -> str:
-    """On one line and without markup."""
+def markdown(text: str) -> str:
+    """A text on one line, cut, its markup escaped."""
     return _SPECIAL.sub(r"\\\1", _cut(" ".join(text.split()), _LONGEST_CELL))
 
 

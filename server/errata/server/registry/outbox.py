@@ -15,7 +15,7 @@ from typing import Protocol
 
 from errata.server.errors import NotFoundError
 from errata.server.ledger.ledger import Ledger
-from errata.server.ledger.rows import PublishState, TaskKind, TaskRow, VersionRow
+from errata.server.ledger.rows import JobKind, JobRow, PublishState, TaskKind, TaskRow, VersionRow
 from errata.server.registry.record import EditRecord, Published, record_of
 
 _PAGE = 100
@@ -28,6 +28,9 @@ class VersionRegistry(Protocol):
 
     def publish(self, version: VersionRow, lineage: Sequence[VersionRow], record: EditRecord) -> Published:
         """Publishes a version, or returns where it is."""
+
+    def publish_measurement(self, job: JobRow) -> str:
+        """Publishes a measurement, or finds where it is; returns its run."""
 
     def registered(self, model: str) -> dict[str, Published]:
         """All of a model's registered versions, by their edits."""
@@ -193,7 +196,9 @@ class OutboxWriter:
 
     def _do(self, task: TaskRow) -> None:
         payload = json.loads(task.payload or "{}")
-        if task.kind is TaskKind.DELETE_VERSION:
+        if task.kind is TaskKind.PUBLISH_MEASUREMENT:
+            self._publish_measurement(self._ledger.job(JobKind.MEASUREMENT, task.model, payload["measurement"]))
+        elif task.kind is TaskKind.DELETE_VERSION:
             self._registry.delete_version(task.model, payload["edit"])
         elif task.kind is TaskKind.SET_ALIAS and task.version == 0:
             self._registry.delete_alias(task.model, payload["alias"])
@@ -218,6 +223,11 @@ class OutboxWriter:
         self._ledger.published(version.model, version.number, found.run_id, found.mlflow_version)
         said = {"run_id": found.run_id, "mlflow_version": found.mlflow_version}
         _log.info("a version was published", extra={**_said(version), **said})
+
+    def _publish_measurement(self, job: JobRow) -> None:
+        run_id = self._registry.publish_measurement(job)
+        self._ledger.measurement_published(job.id, run_id)
+        _log.info("a measurement was published", extra={"model": job.model, "measurement": job.id, "run_id": run_id})
 
     def _wait(self) -> float:
         """Seconds until something is due. Never longer than `most`: another process may have left something."""

@@ -17,7 +17,7 @@ from errata.v1 import edit_pb2, evaluation_pb2, history_pb2
 _EXAMPLE = {"prompt": "What is the capital of this country?"}
 """Where nothing was asked."""
 
-_LONGEST_PARAMETER = 6000
+LONGEST_PARAMETER = 6000
 """Characters that MLflow's databases hold of a parameter."""
 
 _LARGEST_EXAMPLE = 256 * 1024
@@ -65,7 +65,7 @@ def derivation_record(job: JobRow) -> EditRecord:
     done = history_pb2.Derivation.FromString(job.result or job.summary)
     kind = history_pb2.DerivationKind.Name(done.kind).removeprefix("DERIVATION_KIND_").lower()
     return EditRecord(
-        parameters={"derivation": kind, "sources": ", ".join(done.sources)[:_LONGEST_PARAMETER]},
+        parameters={"derivation": kind, "sources": ", ".join(done.sources)[:LONGEST_PARAMETER]},
         changes=(),
         note=asked.description,
         example={"prompt": asked.probes[0].prompt.text} if asked.probes else _EXAMPLE,

@@ -35,7 +35,8 @@ from errata.editor.checkpoints import ATLAS
 from errata.editor.delta import Delta
 from errata.editor.errors import WrongBaseError
 from errata.server.errors import NotFoundError
-from errata.server.ledger.rows import VersionRow
+from errata.server.ledger.rows import JobRow, VersionRow
+from errata.server.registry import measurements
 from errata.server.registry.description import describe
 from errata.server.registry.packaging import save_pyfunc
 from errata.server.registry.record import EditRecord, Published, metrics_of, parameters_of, tags_of
@@ -111,6 +112,15 @@ class Registry:
         published = self._register(run_id, version, record)
         self._on_step("registered")
         return published
+
+    def publish_measurement(self, job: JobRow) -> str:
+        """Publishes a measurement, or finds where it is; returns its run. Without its files where they are gone."""
+        try:
+            folder = self._artifacts.folder(job.id)
+        except NotFoundError:
+            _log.warning("a measurement's files are gone; it is published without them", extra={"measurement": job.id})
+            folder = None
+        return measurements.publish(self._client, self._experiment(job.model), job, folder)
 
     def find(self, version: VersionRow) -> Published | None:
         """Where the version is registered. If it is more than once, the first stays and the others are removed."""

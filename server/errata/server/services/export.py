@@ -6,10 +6,11 @@ import re
 import secrets
 import shutil
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from errata.editor.card import Card, CardScore, CardVersion
 from errata.editor.export import Export, ExportFormat, ExportSettings, export
 from errata.editor.merging import Rounding
 from errata.server.conversion import scores_from_json
-from errata.server.errors import BusyError, MalformedError
+from errata.server.errors import BusyError, DeadlineExceededError, MalformedError
 from errata.server.ledger.ledger import Ledger
 from errata.server.ledger.rows import VersionRow
 from errata.server.models import LoadedModel, Models
@@ -31,6 +32,9 @@ _PIECE = 1_000_000
 
 _AT_ONCE, _RETRY_SECONDS = 4, 5.0
 """Folders that are on the disk at once, and when one more may be asked for."""
+
+_PATIENCE = 60.0
+"""Seconds for one piece to be taken: a reader that stopped reading must not keep its folder from the others."""
 
 _LICENSE = re.compile(r"[A-Za-z0-9.+-]{1,64}( (AND|OR|WITH) [A-Za-z0-9.+-]{1,64}){0,4}")
 
@@ -80,8 +84,8 @@ def export_order(message: export_pb2.ExportVersionRequest) -> ExportOrder:
 class ExportService(export_pb2_grpc.ExportServiceServicer):
     """`root` is a folder of its own; what an earlier server left in it is removed by whoever starts this one."""
 
-    def __init__(self, ledger: Ledger, models: Models, root: Path) -> None:
-        self._ledger, self._models, self._root = ledger, models, root
+    def __init__(self, ledger: Ledger, models: Models, root: Path, *, patience: float = _PATIENCE) -> None:
+        self._ledger, self._models, self._root, self._patience = ledger, models, root, patience
         self._there = 0
         # Of their own: each takes long, and every call's admission needs a common one.
         self._writers = ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="export")
@@ -101,20 +105,32 @@ class ExportService(export_pb2_grpc.ExportServiceServicer):
         stop = threading.Event()
         loop = asyncio.get_running_loop()
         writing = loop.run_in_executor(self._writers, self._write, order, version, loaded, stop)
+        end = self._ending(writing, stop)
         try:
             written = await asyncio.shield(writing)
             sent: list[export_pb2.ExportedFile] = []
             for path in sorted(written.folder.iterdir()):
                 async with aclosing(_pieces(path, sent)) as pieces:
                     async for piece in pieces:
-                        yield piece
+                        with _unless_taken(self._patience, end):
+                            yield piece
+                        _check_patience(stop)
             yield _summary(version, written, sent)
         finally:
+            await asyncio.shield(end())
+
+    def _ending(self, writing: "asyncio.Future[Export]", stop: threading.Event) -> "Callable[[], asyncio.Task[None]]":
+        """What ends an export, however often it is called: the folder goes, and another one may come."""
+
+        @cache
+        def end() -> asyncio.Task[None]:
             stop.set()
             removal = asyncio.create_task(self._remove(writing))
             self._removals.add(removal)
             removal.add_done_callback(self._removals.discard)
-            await asyncio.shield(removal)
+            return removal
+
+        return end
 
     async def _asked(self, ref: VersionRef) -> tuple[VersionRow, LoadedModel]:
         """The version that a name means now, and its model, once it is loaded."""
@@ -158,22 +174,40 @@ class ExportService(export_pb2_grpc.ExportServiceServicer):
         self._there -= 1
 
 
+@contextmanager
+def _unless_taken(seconds: float, end: Callable[[], object]) -> Iterator[None]:
+    """Calls `end` where the reader does not take what it is given within by then."""
+    ending = asyncio.get_running_loop().call_later(seconds, end)
+    try:
+        yield
+    finally:
+        ending.cancel()
+
+
+def _check_patience(stop: threading.Event) -> None:
+    if stop.is_set():
+        raise DeadlineExceededError("a piece of the export was not taken in time, and the rest was given up; ask again")
+
+
 async def _pieces(path: Path, sent: list[export_pb2.ExportedFile]) -> AsyncGenerator[export_pb2.ExportVersionResponse]:
     """A file in pieces, at least one; then it is entered in `sent`."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    size = 0
 
-        def read() -> bytes:
+    def read() -> bytes:
+        # Opened for each piece: an open file would stay on the disk while its reader sleeps.
+        with path.open("rb") as file:
+            file.seek(size)
             data = file.read(_PIECE)
-            digest.update(data)
-            return data
+        digest.update(data)
+        return data
 
-        data = await asyncio.to_thread(read)
-        while True:
-            yield export_pb2.ExportVersionResponse(chunk=export_pb2.ExportChunk(file=path.name, data=data))
-            if not (data := await asyncio.to_thread(read)):
-                break
-        size = file.tell()
+    data = await asyncio.to_thread(read)
+    while True:
+        yield export_pb2.ExportVersionResponse(chunk=export_pb2.ExportChunk(file=path.name, data=data))
+        size += len(data)
+        if not (data := await asyncio.to_thread(read)):
+            break
     sent.append(export_pb2.ExportedFile(file=path.name, size=size, sha256=digest.hexdigest()))
 
 

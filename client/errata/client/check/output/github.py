@@ -32,6 +32,11 @@ def problems(found: Sequence[Problem], root: Path) -> Iterator[str]:
         yield _command("error", problem.path, problem.line, "errata check could not run", message, root)
 
 
+def silence(token: str) -> tuple[str, str]:
+    """The lines between which a runner takes no line for a command. Nobody must be able to guess `token`."""
+    return f"::stop-commands::{token}", f"::{token}::"
+
+
 def summary(report: Report) -> str:
     """The step's summary: the verdict, what changed, the thresholds."""
     changed = [o for o in report.outcomes if o.faults or o.change is Change.FIXED]

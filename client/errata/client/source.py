@@ -6,15 +6,52 @@ Loads plain data only: no tag makes an object.
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import chain
 from pathlib import Path
+from typing import Self
 
 import yaml
 from pydantic_core import ErrorDetails
 
-from errata.client.check.errors import CheckError, Problem
+from errata.client.errors import ErrataError
+
+_MOST_PARTS = 1_000_000
+"""A file of a few lines can stand for more than any memory holds."""
 
 Place = Sequence[str | int]
 """Keys and indices from the root down."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """One thing that is wrong: what, and as far as it is known where. `line` counts from 1; `field` is dotted."""
+
+    message: str
+    path: Path | None = None
+    line: int | None = None
+    field: str = ""
+
+    def __str__(self) -> str:
+        file = str(self.path) if self.path else ""
+        place = f"{file}:{self.line}" if file and self.line else file
+        return ": ".join(part for part in (place, self.field, self.message) if part)
+
+
+class SourceError(ErrataError):
+    """A file that cannot be read. One line for each of its `problems`, of which there is at least one."""
+
+    default_reason = "INVALID_FILE"
+
+    def __init__(self, problems: Sequence[Problem], *, reason: str = "") -> None:
+        super().__init__("\n".join(map(str, problems)), reason=reason)
+        self.problems = tuple(problems)
+
+    @classmethod
+    def of(
+        cls, message: str, *, path: Path | None = None, line: int | None = None, field: str = "", reason: str = ""
+    ) -> Self:
+        """The error of one problem. `reason` is that of the error behind it."""
+        return cls([Problem(message=message, path=path, line=line, field=field)], reason=reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,27 +108,30 @@ def said(error: ErrorDetails, known: Collection[str]) -> str:
 
 
 def read_source(path: Path) -> Source:
-    """Reads a YAML file. Raises CheckError where it cannot be read, is empty, is no YAML, or says a key twice."""
+    """Reads a YAML file. Raises SourceError where it cannot be read, is empty, is no YAML, or says a key twice."""
     text = _text(path)
     try:
         loader = yaml.SafeLoader(text)
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         message = f"this is no YAML: it holds the character #x{error.character:04x}"
-        raise CheckError.of(message, path=path, line=line) from None
+        raise SourceError.of(message, path=path, line=line) from None
     try:
         root = loader.get_single_node()
         if root is None:
-            raise CheckError.of("the file is empty; write at least one entry", path=path, line=1)
+            raise SourceError.of("the file is empty; write at least one entry", path=path, line=1)
+        if (parts := _parts(root, {})) > _MOST_PARTS:
+            message = f"with all that its aliases (*) repeat it has {parts} parts; {_MOST_PARTS} are read at most"
+            raise SourceError.of(message, path=path)
         if doubled := list(_doubled(root, set())):
-            raise CheckError([Problem(message=m, path=path, line=line) for line, m in doubled])
+            raise SourceError([Problem(message=m, path=path, line=line) for line, m in doubled])
         return Source(path, loader.construct_document(root), root)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         at = mark.line + 1 if mark else None
-        raise CheckError.of(f"this is no YAML: {error.problem}", path=path, line=at) from None
+        raise SourceError.of(f"this is no YAML: {error.problem}", path=path, line=at) from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # a date such as 2020-13-45 is a ValueError
-        raise CheckError.of(f"this is no YAML: {error}", path=path) from None
+        raise SourceError.of(f"this is no YAML: {error}", path=path) from None
     finally:
         loader.dispose()
 
@@ -100,10 +140,20 @@ def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise CheckError.of("the file is not in UTF-8; save it so", path=path) from None
+        raise SourceError.of("the file is not in UTF-8; save it so", path=path) from None
     except OSError as error:
         reason = error.strerror or type(error).__name__
-        raise CheckError.of(f"the file cannot be read: {reason}; check the path", path=path) from None
+        raise SourceError.of(f"the file cannot be read: {reason}; check the path", path=path) from None
+
+
+def _parts(node: yaml.Node, counted: dict[int, int]) -> int:
+    """How many parts a node has, each counted as often as aliases and merges (`<<`) repeat it."""
+    if id(node) not in counted:
+        counted[id(node)] = 0  # what holds itself
+        below = node.value if isinstance(node, yaml.CollectionNode) else ()
+        items = chain.from_iterable(below) if isinstance(node, yaml.MappingNode) else below
+        counted[id(node)] = 1 + sum(_parts(each, counted) for each in items)
+    return counted[id(node)]
 
 
 def _child(node: yaml.Node, step: str | int) -> tuple[yaml.Node, int] | None:

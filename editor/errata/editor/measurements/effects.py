@@ -1,0 +1,101 @@
+"""Indirect effects of many questions as the lines, numbers and grids of findings.
+
+Samples are questions × points and hold no NaN: `at_role` leaves out the questions without such a token.
+"""
+
+from collections.abc import Sequence
+from dataclasses import fields
+
+import numpy as np
+from jaxtyping import Float
+from numpy.typing import NDArray
+
+from errata.editor.measurements.findings import Grid, HeatMap, Line, LinePlot, Number
+from errata.editor.measurements.intervals import bootstrap_means, interval
+from errata.editor.states import Component
+from errata.editor.trace import AveragedTrace
+
+INTERVAL = "95 % intervals by bootstrap over questions"
+"""What captions say of the intervals made here."""
+
+
+def line(label: str, samples: Float[NDArray[np.float64], "questions points"]) -> Line:
+    """The mean at each point; with its interval where there are two questions or more."""
+    low, high = interval(bootstrap_means(samples)) if len(samples) > 1 else (None, None)
+    return Line(label=label, values=samples.mean(0), low=low, high=high)
+
+
+def number(name: str, samples: Float[NDArray[np.float64], " questions"], unit: str = "probability") -> Number:
+    """The mean; with its interval where there are two questions or more."""
+    low, high = map(float, interval(bootstrap_means(samples))) if len(samples) > 1 else (None, None)
+    return Number(name=name, value=float(samples.mean()), unit=unit, n=len(samples), low=low, high=high)
+
+
+def share(
+    label: str,
+    samples: Float[NDArray[np.float64], "questions points"],
+    totals: Float[NDArray[np.float64], " questions"],
+) -> Line:
+    """The mean effect at each point as a share of the mean total effect, both of the same questions."""
+    low, high = None, None
+    if len(samples) > 1:
+        low, high = interval(bootstrap_means(samples) / bootstrap_means(totals)[:, None])
+    return Line(label=label, values=samples.mean(0) / totals.mean(), low=low, high=high)
+
+
+def layer_plot(name: str, title: str, lines: Sequence[Line], *, unit: str, caption: str) -> LinePlot:
+    """Average indirect effects by layer."""
+    return LinePlot(
+        name=name,
+        title=title,
+        x_label="layer",
+        y_label=f"average indirect effect ({unit})",
+        x=np.arange(len(lines[0].values) if lines else 0, dtype=np.float64),
+        lines=tuple(lines),
+        caption=f"{caption}; {INTERVAL}.",
+    )
+
+
+def causal_layers(
+    samples: Float[NDArray[np.float64], "questions layers"], totals: Float[NDArray[np.float64], " questions"]
+) -> str:
+    """The layers that restore half of the total effect or more, as they are to be read."""
+    half = np.flatnonzero(samples.mean(0) >= totals.mean() / 2)
+    return ", ".join(str(i) for i in half) or "none"
+
+
+def role_grids(name: str, averaged: AveragedTrace) -> HeatMap:
+    """Average indirect effects by layer and role of the token, a panel for each component."""
+    return HeatMap(
+        name=name,
+        title="Average indirect effect by layer and token",
+        x_label="layer",
+        y_label="token",
+        unit="probability",
+        rows=averaged.roles,
+        columns=tuple(str(i) for i in range(averaged.traces[0].restored.shape[1])),
+        grids=tuple(Grid(label=c.value, values=averaged.aie(c).T) for c in averaged.components),
+        caption=f"Mean over {len(averaged.traces)} questions; window of {averaged.window} layer(s).",
+    )
+
+
+def at_role(averaged: AveragedTrace, component: Component, role: str) -> Float[NDArray[np.float64], "questions layers"]:
+    """Indirect effects at one role of the questions that have such a token."""
+    samples = averaged.samples(component)[:, :, averaged.roles.index(role)]
+    having: NDArray[np.float64] = samples[~np.isnan(samples).any(1)]
+    return having
+
+
+def peak(name: str, samples: Float[NDArray[np.float64], "questions layers"]) -> tuple[Number, int]:
+    """The largest mean effect over layers with its interval at that layer, and the layer."""
+    layer = int(np.argmax(samples.mean(0)))
+    return number(f"{name} (layer {layer})", samples[:, layer]), layer
+
+
+def described(settings: object) -> dict[str, str]:
+    """A measurement's settings as text."""
+    found = {}
+    for f in fields(settings):  # type: ignore[arg-type]  # every settings type is a dataclass
+        value = getattr(settings, f.name)
+        found[f.name] = ", ".join(str(v) for v in value) if isinstance(value, Sequence) else str(value)
+    return found

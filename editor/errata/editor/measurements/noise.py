@@ -1,0 +1,297 @@
+"""The causal trace by noise: Gaussian noise on the constraint's embeddings, averaged over draws (Meng et al. 2022, §2).
+
+For text models, and for textual constraints in any model; images do not answer to noise (methods.md §2).
+
+The clean run is recorded once, all draws are rows of one more. The restored runs of all draws, layers, components and
+tokens start at the constraint and at their window's lowest layer, and share batches of up to `max_rows` rows over one
+prefix.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from errata.editor.errors import CancelledError, CorruptionFailedError, InvalidInputError, check_numbers
+from errata.editor.measurements.effects import at_role, described, layer_plot, line, number, peak, role_grids
+from errata.editor.measurements.findings import Findings, Grid, HeatMap
+from errata.editor.measurements.questions import Cancelled, Progress, Question, answered
+from errata.editor.model import EditableModel
+from errata.editor.restoring import Probabilities, Restoration, Restorer, window_of
+from errata.editor.states import Component, Suffix, changed_output, record
+from errata.editor.trace import AveragedTrace, CausalTrace, CleanRun, average
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoiseSettings:
+    """How noise corrupts, what is restored and how much of it at once.
+
+    `noise` is in standard deviations of the embeddings of all questions' constraint tokens, > 0; `draws` ≥ 1 of it are
+    averaged, drawn from `seed` anew for each question. `window` is in layers, ≥ 1, centred on the layer it is reported
+    under. `min_total_effect` is the least total effect, a probability, of a question that counts. `grids` ≥ 0 questions
+    have their own figure. `max_rows` ≥ 1 bounds the batch, and with it memory.
+    """
+
+    noise: float = 3.0
+    draws: int = 10
+    seed: int = 0
+    components: tuple[Component, ...] = (Component.MLP, Component.ATTENTION, Component.LAYER)
+    window: int = 1
+    min_total_effect: float = 0.1
+    grids: int = 4
+    max_rows: int = 256
+
+    def __post_init__(self) -> None:
+        least = {"draws": 1, "window": 1, "grids": 0, "max_rows": 1, "seed": 0, "min_total_effect": -1}
+        check_numbers(self, at_least=least, above={"noise": 0})
+        if not self.components:
+            raise InvalidInputError("no component to restore; give mlp, attention or layer", field="components")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoiseTrace:
+    """One question: its effects averaged over the draws, and those of each draw.
+
+    `corrupted` is p(whole answer) of each draw, `restored` the same with each site restored.
+    """
+
+    index: int
+    averaged: CausalTrace
+    corrupted: Float[NDArray[np.float64], " draws"]
+    restored: Float[NDArray[np.float64], "draws components layers tokens"]
+
+    def spread(self, component: Component) -> Float[NDArray[np.float64], "layers tokens"]:
+        """Standard deviation over draws of the indirect effect; NaN for one draw."""
+        effects = self.restored[:, self.averaged.components.index(component)] - self.corrupted[:, None, None]
+        spread: NDArray[np.float64] = effects.std(0, ddof=1) if len(effects) > 1 else np.full(effects.shape[1:], np.nan)
+        return spread
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoiseResult:
+    """The traces of all questions that count. `deviation` is the embeddings' standard deviation."""
+
+    settings: NoiseSettings
+    deviation: float
+    traces: tuple[NoiseTrace, ...]
+    skipped: tuple[str, ...]
+
+    @property
+    def average(self) -> AveragedTrace:
+        """Average indirect effects by role of the token."""
+        return average([t.averaged for t in self.traces])
+
+    def findings(self) -> Findings:
+        """Effects by layer and by role of the token with 95 % intervals, and grids of the first questions."""
+        averaged = self.average
+        plots = []
+        numbers = [number("total effect", np.array([t.averaged.total_effect for t in self.traces]))]
+        for role in ("constraint last", "last"):
+            by_layer = {c.value: at_role(averaged, c, role) for c in averaged.components}
+            n = len(by_layer[averaged.components[0].value])
+            if n:
+                numbers += [peak(f"AIE of {name}, {role} token", s)[0] for name, s in by_layer.items()]
+                lines = [line(name, samples) for name, samples in by_layer.items()]
+                name, title = f"aie_{role.replace(' ', '_')}", f"Restored at the {role} token"
+                plots.append(layer_plot(name, title, lines, unit="probability", caption=f"n = {n} questions"))
+        own = tuple(_grid(t, i) for i, t in enumerate(self.traces[: self.settings.grids]))
+        return Findings(
+            kind="noise",
+            title=f"Causal trace by noise of {self.settings.noise:g} standard deviations, {self.settings.draws} draws",
+            settings={**described(self.settings), "standard deviation of the embeddings": f"{self.deviation:.4g}"},
+            n=len(self.traces),
+            numbers=tuple(numbers),
+            plots=(*plots, role_grids("aie_roles", averaged), *own),
+            skipped=self.skipped,
+        )
+
+
+def measure_noise(
+    model: EditableModel,
+    questions: Sequence[Question],
+    settings: NoiseSettings = NoiseSettings(),
+    *,
+    progress: Progress | None = None,
+    cancelled: Cancelled | None = None,
+) -> NoiseResult:
+    """Traces the questions that the model answers as they say, each with one constraint.
+
+    Raises InvalidInputError for a question that cannot be traced, CorruptionFailedError where none is left,
+    CancelledError.
+    """
+    for i, question in enumerate(questions):
+        if len(question.constraints) != 1:
+            raise InvalidInputError(
+                f"{question.prompt.text!r} has {len(question.constraints)} constraints; noise goes on one",
+                field=f"questions[{i}].constraints",
+            )
+    kept, skipped = answered(model, questions)
+    deviation = _deviation(model, kept) if kept else 0.0
+    traces = []
+    for done, (i, question, answer) in enumerate(kept):
+        if cancelled and cancelled():
+            raise CancelledError("the causal trace was cancelled; nothing was changed")
+        try:
+            traces.append(_traced(model, i, question, answer, deviation, settings, cancelled))
+        except CorruptionFailedError as error:
+            skipped.append(f"questions[{i}]: {error}")
+        except InvalidInputError as error:
+            raise error.within(f"questions[{i}]") from None
+        if progress:
+            progress(done + 1, len(kept))
+    if not traces:
+        raise CorruptionFailedError(f"no question is left to average; {skipped[0] if skipped else 'give at least one'}")
+    return NoiseResult(settings=settings, deviation=deviation, traces=tuple(traces), skipped=tuple(skipped))
+
+
+def _deviation(model: EditableModel, kept: Sequence[tuple[int, Question, str]]) -> float:
+    """The standard deviation of all entries of the questions' constraint embeddings (Meng et al. 2022, B.1)."""
+    ids = []
+    for i, question, _ in kept:
+        try:
+            row = model.encode(question.prompt)
+            span = row.positions(*question.constraints[0].span(question.prompt.text))
+        except InvalidInputError as error:
+            raise error.within(f"questions[{i}]") from None
+        ids.append(row.ids[span.start : span.stop])
+    with torch.no_grad():
+        return float(_embeddings(model)(torch.cat(ids).to(model.device)).double().std())
+
+
+def _embeddings(model: EditableModel) -> nn.Embedding:
+    return cast(nn.Embedding, model.model.get_input_embeddings())
+
+
+def constraint_noise(
+    settings: NoiseSettings, deviation: float, tokens: int, width: int
+) -> Float[Tensor, "draws tokens d"]:
+    """The noise on a constraint of so many tokens, in float32: the same for every question of as many."""
+    generator = torch.Generator().manual_seed(settings.seed)
+    return torch.randn(settings.draws, tokens, width, generator=generator) * (settings.noise * deviation)
+
+
+def _traced(
+    model: EditableModel,
+    index: int,
+    question: Question,
+    answer: str,
+    deviation: float,
+    settings: NoiseSettings,
+    cancelled: Cancelled | None,
+) -> NoiseTrace:
+    clean = CleanRun(model, question.prompt, question.constraints, answer, settings.components)
+    drawn = _drawn(model, clean, deviation, settings)
+    suffix = Suffix(model, [clean.recording], [clean.start])
+    with suffix, torch.no_grad():
+        top = suffix.run(len(drawn) - 1, drawn[-1])
+        corrupted = clean.reader.of(suffix, top, clean.start)
+        mean = _mean(corrupted)
+        clean.check(mean, settings.min_total_effect)
+        restored = _restored(suffix, clean, drawn, settings, cancelled)
+    whole, first = restored
+    return NoiseTrace(
+        index=index,
+        corrupted=np.array([p.whole for p in corrupted]),
+        restored=whole,
+        averaged=CausalTrace(
+            question=question.prompt.text,
+            answer=answer,
+            tokens=clean.tokens,
+            constraint=tuple(range(len(clean.spans[0]))),
+            window=settings.window,
+            components=settings.components,
+            clean=clean.probabilities,
+            corrupted=mean,
+            restored=whole.mean(0),
+            restored_first=first.mean(0),
+        ),
+    )
+
+
+def _drawn(
+    model: EditableModel, clean: CleanRun, deviation: float, settings: NoiseSettings
+) -> Float[Tensor, "layers draws suffix d"]:
+    """The inputs of every layer in the corrupted runs, from the constraint on."""
+    span = clean.spans[0]
+    embeddings = _embeddings(model)
+    noise = constraint_noise(settings, deviation, len(span), embeddings.embedding_dim)
+    found = []
+    for draws in noise.split(settings.max_rows):
+        # Where the definition puts it: what a family makes of its embeddings before the first layer is its own affair.
+        with changed_output(embeddings, _added(span, draws)):
+            recordings = record(
+                model,
+                [clean.recording.row] * len(draws),
+                [clean.start] * len(draws),
+                resumable=False,
+                batch_size=len(draws),
+            )
+        found += [r.inputs for r in recordings]
+    return torch.stack(found, dim=1)
+
+
+def _added(span: range, noise: Float[Tensor, "draws tokens d"]) -> Callable[[Tensor], Tensor]:
+    """Adds its draw to each row's constraint."""
+
+    def change(output: Tensor) -> Tensor:
+        changed = output.clone()
+        changed[:, span.start : span.stop] += noise.to(output)
+        return changed
+
+    return change
+
+
+def _restored(
+    suffix: Suffix,
+    clean: CleanRun,
+    drawn: Float[Tensor, "layers draws suffix d"],
+    settings: NoiseSettings,
+    cancelled: Cancelled | None,
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """p(whole answer) and p(first token), draws × components × layers × tokens."""
+    layers = len(drawn)
+    sites = {
+        (draw, c, layer, token): Restoration(
+            component=component, layers=window_of(layer, settings.window, layers), tokens=(token,), draw=draw
+        )
+        for draw in range(settings.draws)
+        for c, component in enumerate(settings.components)
+        for layer in range(layers)
+        for token in range(len(clean.tokens))
+    }
+    restore = Restorer(clean=clean.recording, reader=clean.reader, max_rows=settings.max_rows, cancelled=cancelled)
+    found = restore(suffix, clean.start, drawn.__getitem__, sites.values(), layers)
+    shape = (settings.draws, len(settings.components), layers, len(clean.tokens))
+    whole, first = np.zeros(shape), np.zeros(shape)
+    for site, run in sites.items():
+        whole[site], first[site] = found[run].whole, found[run].first
+    return whole, first
+
+
+def _mean(probabilities: Sequence[Probabilities]) -> Probabilities:
+    return Probabilities(
+        first=float(np.mean([p.first for p in probabilities])), whole=float(np.mean([p.whole for p in probabilities]))
+    )
+
+
+def _grid(found: NoiseTrace, number: int) -> HeatMap:
+    """The indirect effects of one question by layer and token."""
+    own = found.averaged
+    spoilt = set(own.constraint)
+    return HeatMap(
+        name=f"question_{number}",
+        title=f"{own.question} ({own.answer})",
+        x_label="layer",
+        y_label="token (* corrupted)",
+        unit="probability",
+        rows=tuple(f"{t}*" if i in spoilt else t for i, t in enumerate(own.tokens)),
+        columns=tuple(str(i) for i in range(own.restored.shape[1])),
+        grids=tuple(Grid(label=c.value, values=own.indirect(c).T) for c in own.components),
+        caption=f"questions[{found.index}]: indirect effects, mean of {len(found.corrupted)} draws; "
+        f"p(answer) {own.clean.whole:.3f} clean, {own.corrupted.whole:.3f} corrupted.",
+    )

@@ -1,0 +1,142 @@
+"""Runs of one question with clean states put back, in batches that climb the layers together.
+
+A run restored at a token and from a layer on equals the corrupted run before that token and below that layer, so it
+starts there. Runs of several windows, components, tokens and corruptions share a batch, and a run that two windows
+ask for is made once. Knows nothing about how a question is corrupted (`trace`, `measurements.noise`).
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from errata.editor.errors import CancelledError
+from errata.editor.model import EditableModel, Encoded
+from errata.editor.states import Component, Recording, Suffix
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probabilities:
+    """Of the answer's first token, and of the whole answer including its end."""
+
+    first: float
+    whole: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restoration:
+    """One restored run: the clean outputs of `component` in `layers` at one token, or at several together.
+
+    `tokens` count from the suffix's first; `draw` is the corrupted run, of those given, in which they are put back.
+    """
+
+    component: Component
+    layers: range
+    tokens: tuple[int, ...] = (0,)
+    draw: int = 0
+
+
+def window_of(layer: int, window: int, layers: int) -> range:
+    """The layers restored together under `layer`: `window` of them centred on it, cut at the model's ends."""
+    low = layer - window // 2
+    return range(max(0, low), min(layers, low + window))
+
+
+class AnswerReader:
+    """Reads the answer's probabilities from the last layer's outputs."""
+
+    def __init__(self, model: EditableModel, row: Encoded) -> None:
+        self._model, self._answer = model, row.answer.to(model.device)
+        self._first = row.prompt_length - 1
+
+    def recorded(self, recording: Recording) -> Probabilities:
+        """Of a recorded run."""
+        suffix = Suffix(self._model, [recording], [recording.start])
+        with suffix, torch.no_grad():
+            top = len(self._model.layers) - 1
+            hidden = suffix.run(top, suffix.inputs(top))
+            return self.of(suffix, hidden, recording.start)[0]
+
+    def of(self, suffix: Suffix, hidden: Float[Tensor, "rows suffix d"], start: int) -> list[Probabilities]:
+        """Of each row, which starts at `start`."""
+        at = self._first - start + suffix.offsets[0]
+        logits = suffix.logits(hidden[:, at : at + len(self._answer)])
+        chosen = logits.log_softmax(-1).gather(-1, self._answer.expand(len(hidden), -1).unsqueeze(-1)).squeeze(-1)
+        whole, first = chosen.double().sum(-1).exp(), chosen[:, 0].double().exp()
+        return [Probabilities(first=f, whole=w) for f, w in zip(first.tolist(), whole.tolist(), strict=True)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restorer:
+    """Restores states of `clean` in corrupted runs. `max_rows` bounds a batch, and with it memory."""
+
+    clean: Recording
+    reader: AnswerReader
+    max_rows: int
+    cancelled: Callable[[], bool] | None = None
+
+    def __call__(
+        self,
+        suffix: Suffix,
+        start: int,
+        corrupted: Callable[[int], Float[Tensor, "draws suffix d"]],
+        restorations: Iterable[Restoration],
+        layers: int,
+    ) -> dict[Restoration, Probabilities]:
+        """Makes each of the restored runs once, from token `start` on.
+
+        `corrupted` gives the inputs of a layer in each of the corrupted runs; `suffix` must be open and share their
+        prefix. Raises CancelledError between batches.
+        """
+        runs = sorted(dict.fromkeys(restorations), key=lambda r: r.layers.start)
+        found: dict[Restoration, Probabilities] = {}
+        for i in range(0, len(runs), self.max_rows):
+            if self.cancelled and self.cancelled():
+                raise CancelledError("the causal trace was cancelled; nothing was changed")
+            batch = runs[i : i + self.max_rows]
+            hidden = self._climb(suffix, start - self.clean.start, corrupted, batch, layers)
+            found |= zip(batch, self.reader.of(suffix, hidden, start), strict=True)
+        return found
+
+    def _climb(
+        self,
+        suffix: Suffix,
+        offset: int,
+        corrupted: Callable[[int], Float[Tensor, "draws suffix d"]],
+        runs: Sequence[Restoration],
+        layers: int,
+    ) -> Float[Tensor, "runs suffix d"]:
+        """The last layer's outputs of runs in order of their lowest layer, at which each joins the batch."""
+        first = runs[0].layers.start
+        hidden = corrupted(first)[:0]
+        for layer in range(first, layers):
+            joining = [r.draw for r in runs if r.layers.start == layer]
+            if joining:
+                hidden = torch.cat([hidden, corrupted(layer)[joining]])
+            hooks = {}
+            for component, outputs in self.clean.outputs.items():
+                sites = [
+                    (row, token)
+                    for row, run in enumerate(runs[: len(hidden)])
+                    if run.component == component and layer in run.layers
+                    for token in run.tokens
+                ]
+                if sites:
+                    rows, tokens = map(list, zip(*sites, strict=True))
+                    at = [suffix.offsets[0] + t for t in tokens]
+                    hooks[component] = _put(rows, at, outputs[layer, offset:][tokens])
+            hidden = suffix.run(layer, hidden, hooks)
+        return hidden
+
+
+def _put(rows: list[int], tokens: list[int], values: Float[Tensor, "sites d"]) -> Callable[[Tensor], Tensor]:
+    """Sets the given tokens of the given rows."""
+
+    def change(output: Tensor) -> Tensor:
+        changed = output.clone()
+        changed[rows, tokens] = values
+        return changed
+
+    return change

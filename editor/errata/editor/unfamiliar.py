@@ -1,0 +1,64 @@
+"""Whether a family that was found by structure is right about a model: one run says what structure cannot.
+
+Everything the algorithms rest on is compared with the model's own run: what joins the residual stream, the key and
+the value of the down-projection, the logits, and a run started in the middle.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from errata.editor.errors import UnknownFamilyError
+from errata.editor.model import EditableModel, Encoded
+from errata.editor.states import Component, Recording, Suffix, logits_of, record
+
+_TOKENS = 8
+
+
+def check_unfamiliar(model: EditableModel) -> None:
+    """Raises UnknownFamilyError unless a run of a few tokens agrees with what the model's family says."""
+    ids = torch.arange(1, _TOKENS + 1) % model.model.config.get_text_config().vocab_size
+    row = Encoded(ids=ids, prompt_length=len(ids), spans=(None,) * len(ids), images=(), vision={})
+    try:
+        recording = record(model, [row], [0], components=tuple(Component), key_layers=range(len(model.layers)))[0]
+        with torch.no_grad():
+            wrong = next((what for what, a, b in _pairs(model, recording) if not _same(a, b)), None)
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, AssertionError) as error:
+        wrong = f"a run could not be recorded ({type(error).__name__}: {error})"
+    if wrong:
+        raise UnknownFamilyError(
+            f"{type(model.model).__name__} is built like a known family, but {wrong}; it needs a family of its own, a "
+            "short file beside errata/editor/families/llama.py"
+        )
+
+
+def _pairs(model: EditableModel, run: Recording) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """What would be wrong if the two states were not the same."""
+    attention, mlp, layer = (run.outputs[c] for c in (Component.ATTENTION, Component.MLP, Component.LAYER))
+    joined = run.inputs + attention + mlp
+    yield "its layers add something else than attention and MLP to the residual stream", joined, layer
+    values = torch.stack([_mapped(model, i, run.keys[i]) for i in range(len(model.layers))])
+    yield "its MLP puts out something else than its last linear map", values, mlp
+    logits = model.model(**model.inputs([run.row]), use_cache=False).logits[0].float()
+    yield "its head makes other logits of the last layer's output", logits_of(model, layer[-1]), logits
+    start = _TOKENS // 2
+    with Suffix(model, [run], [start]) as suffix:
+        hidden = suffix.inputs(0)
+        for index in range(len(model.layers)):
+            hidden = suffix.run(index, hidden)
+        yield "a run started in the middle gives other logits", suffix.logits(hidden)[0], logits[start:]
+
+
+def _mapped(model: EditableModel, layer: int, keys: Tensor) -> Tensor:
+    down = model.down_projection(layer)
+    weight, bias = down.get_parameter("weight"), getattr(down, "bias", None)
+    value = keys @ (weight if isinstance(down, Conv1D) else weight.T)
+    return value if bias is None else value + bias
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """To half the digits of the dtype, against the largest entry."""
+    eps = torch.finfo(a.dtype if a.dtype != torch.float32 else b.dtype).eps
+    return a.shape == b.shape and float((a - b).abs().max()) <= eps**0.5 * float(b.abs().max())
