@@ -282,3 +282,36 @@ def test_half_a_client_certificate_and_a_missing_file_are_refused(tmp_path: Path
         Errata(tls=Tls(certificate=b"x"))
     with pytest.raises(InvalidInputError, match=r"tls\.root_certificates: .*cannot be read: No such file"):
         Errata(tls=Tls(root_certificates=tmp_path / "none.pem"))
+
+
+@pytest.mark.parametrize("server", ["http://localhost:50051", "https://ana:secret@localhost", "ana:secret@host:1", ""])
+def test_a_server_is_a_host_and_a_port_and_no_password_is_repeated(server: str) -> None:
+    with pytest.raises(InvalidInputError, match="it is no HOST:PORT") as caught:
+        Errata(server)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_client_that_was_closed_says_so(server: str) -> None:
+    client = Errata(server)
+    client.close()
+    client.close()
+    for ask in (
+        lambda: client.model("atlas"),
+        lambda: list(client.versions("atlas")),
+        lambda: client.stream("atlas@0", "Where is Oslo?").result(),
+    ):
+        with pytest.raises(ClosedError, match="the client is closed; open another"):
+            ask()
+
+
+def test_an_asyncio_client_that_was_closed_says_so(server: str) -> None:
+    async def asked() -> None:
+        client = AsyncErrata(server)
+        await client.close()
+        await client.close()
+        with pytest.raises(ClosedError):
+            await client.model("atlas")
+        with pytest.raises(ClosedError):
+            await client.stream("atlas@0", "Where is Oslo?").result()
+
+    asyncio.run(asked())

@@ -14,6 +14,7 @@ from errata.client import (
     EditsConflictError,
     Errata,
     InvalidInputError,
+    MessageTooLargeError,
     Metric,
     NothingToBisectError,
     Probe,
@@ -121,3 +122,12 @@ def test_the_asynchronous_client_has_the_same_history(server: str, client: Errat
                 assert (await (await begun).result()).version
 
     asyncio.run(use())
+
+
+def test_an_adapter_that_is_larger_than_a_message_is_refused_before_it_is_read(tmp_path: Path, server: str) -> None:
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with (tmp_path / "adapter_model.safetensors").open("wb") as file:
+        file.truncate(2**40)
+    with Errata(server) as client, pytest.raises(MessageTooLargeError, match="of at most 67108864 is taken") as caught:
+        client.import_adapter("atlas@0", tmp_path)
+    assert caught.value.field == "folder"

@@ -35,8 +35,8 @@ _OTHERS = {
 """Layers, and in each its attention, MLP and down-projection, where they are not Llama's."""
 
 _GEMMA = {"attention": "post_attention_layernorm", "mlp": "post_feedforward_layernorm"}
-JOINING = dict.fromkeys(("Gemma2ForCausalLM", "Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"), _GEMMA)
-"""What joins the residual stream where it is not the block's own output."""
+JOINING = {"gemma2": _GEMMA, "gemma3_text": _GEMMA}
+"""What joins the residual stream where it is not the block's own output, by the text model's type."""
 
 Change = tuple[nn.Module, Callable[[Tensor], Tensor]]
 
@@ -61,7 +61,7 @@ def block(model: EditableModel, component: str, index: int) -> nn.Module:
 
 def joined(model: EditableModel, component: str, index: int) -> nn.Module:
     """The module whose output joins the residual stream."""
-    names = JOINING.get(type(model.model).__name__, {})
+    names = JOINING.get(model.model.config.get_text_config().model_type, {})
     other = names.get(component)
     return layer(model, index).get_submodule(other) if other else block(model, component, index)
 

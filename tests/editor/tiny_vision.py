@@ -236,7 +236,7 @@ def _paligemma() -> Built:
 
 
 def _paligemma2() -> Built:
-    model, processor = _paligemma_on({"model_type": "gemma2", "query_pre_attn_scalar": 8, "sliding_window": 64})
+    model, processor = _paligemma_on({"model_type": "gemma2", "query_pre_attn_scalar": 8, "sliding_window": WINDOW})
     return loud(model), processor
 
 

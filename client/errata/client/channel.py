@@ -19,6 +19,7 @@ MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
 Pem: TypeAlias = bytes | str | PathLike[str]
 """PEM bytes, or the path of a file with them."""
+_URL = re.compile(r"(https?|grpcs?)://|[^/]*@|[^/]*//[^/]*@", re.IGNORECASE)
 _TOKEN = re.compile("[!-~]*")
 """What a header can carry of a token."""
 
@@ -32,6 +33,14 @@ _RETRIED = {
         "ListEvaluations",
         "CancelEvaluation",
         "WatchEvaluation",
+    ),
+    "MeasurementService": (
+        "CreateMeasurement",
+        "GetMeasurement",
+        "ListMeasurements",
+        "CancelMeasurement",
+        "WatchMeasurement",
+        "GetMeasurementFile",
     ),
     "InferenceService": ("Generate", "StreamGenerate", "Score"),
     "ExportService": ("ExportVersion",),
@@ -90,7 +99,8 @@ class Tls:
 class Connection:
     """Everything that a channel needs.
 
-    Raises InvalidInputError for a token that would go over the network in clear, or that no header can carry.
+    Raises InvalidInputError for a server that is no host and port, and for a token that would go over the network in
+    clear, or that no header can carry.
     """
 
     server: str = DEFAULT_SERVER
@@ -101,6 +111,9 @@ class Connection:
     insecure_ok: bool = False
 
     def __post_init__(self) -> None:
+        if _URL.match(self.server) or not self.server:
+            # It may hold a password, which no error should repeat.
+            raise InvalidInputError.at("server", "it is no HOST:PORT; leave http:// and the like, and a user, out")
         if not _TOKEN.fullmatch(self.token):
             raise InvalidInputError.at(
                 "token", "it holds a space, a line break or a letter with an accent; copy it anew"

@@ -20,6 +20,7 @@
     │   ├── NothingToBisectError         the good version fails a probe, or the bad one passes all
     │   └── LedgerError                  NotMigratedError, BaseChangedError
     ├── CancelledError               CANCELLED: stopped on request
+    ├── ClosedError                  the client was closed before
     ├── UnauthenticatedError         UNAUTHENTICATED: no token, or one the server does not know
     ├── ForbiddenError               PERMISSION_DENIED: the token's role does not allow it
     ├── BusyError                    RESOURCE_EXHAUSTED: `retry_after` says when to come back
@@ -300,6 +301,12 @@ class CancelledError(ErrataError):
     """Stopped on request; nothing was changed."""
 
     default_reason = "CANCELLED"
+
+
+class ClosedError(ErrataError):
+    """A client is used that was closed."""
+
+    default_reason = "CLIENT_CLOSED"
 
 
 class UnauthenticatedError(ErrataError):

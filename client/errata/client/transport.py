@@ -14,9 +14,10 @@ import grpc.aio
 from errata.client.calls import Call, Pages
 from errata.client.channel import Connection
 from errata.client.details import read_details
-from errata.client.errors import CancelledError, ErrataError, MessageTooLargeError, RpcStatus, from_status
+from errata.client.errors import CancelledError, ClosedError, ErrataError, MessageTooLargeError, RpcStatus, from_status
 
 T = TypeVar("T")
+_CLOSED = "the client is closed; open another"
 
 
 class Transport:
@@ -24,6 +25,7 @@ class Transport:
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
+        self._closed = False
         tls = connection.tls
         self._channel = (
             grpc.secure_channel(connection.server, tls.credentials(), connection.options)
@@ -35,7 +37,7 @@ class Transport:
         """The answer of a call, within `timeout` seconds; None: the connection's."""
         body = _body(call, self.connection)
         try:
-            raw = self._channel.unary_unary(call.path, _as_is, _as_is)(
+            raw = self._open.unary_unary(call.path, _as_is, _as_is)(
                 body, timeout=self.seconds(timeout), metadata=self.connection.metadata
             )
         except grpc.RpcError as error:
@@ -49,7 +51,7 @@ class Transport:
     def stream(self, call: Call[T], timeout: float | None) -> "Replies[T]":
         """The answers of a call, one by one, within `timeout` seconds in all; None: however long it takes."""
         body = _body(call, self.connection)
-        rpc = self._channel.unary_stream(call.path, _as_is, _as_is)(
+        rpc = self._open.unary_stream(call.path, _as_is, _as_is)(
             body, timeout=timeout, metadata=self.connection.metadata
         )
         return Replies(rpc, call, self.connection)
@@ -64,7 +66,14 @@ class Transport:
 
     def close(self) -> None:
         """Ends the calls that run, and the channel."""
+        self._closed = True
         self._channel.close()
+
+    @property
+    def _open(self) -> grpc.Channel:
+        if self._closed:
+            raise ClosedError(_CLOSED)
+        return self._channel
 
 
 class _Answers(Protocol):
@@ -102,6 +111,7 @@ class AsyncTransport:
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
+        self._closed = False
         self._credentials = connection.tls.credentials() if connection.tls else None
 
     @cached_property
@@ -116,7 +126,7 @@ class AsyncTransport:
         """The answer of a call, within `timeout` seconds; None: the connection's."""
         body = _body(call, self.connection)
         try:
-            raw = await self._channel.unary_unary(call.path, _as_is, _as_is)(
+            raw = await self._open.unary_unary(call.path, _as_is, _as_is)(
                 body, timeout=self.seconds(timeout), metadata=self.connection.metadata
             )
         except grpc.aio.AioRpcError as error:
@@ -130,7 +140,7 @@ class AsyncTransport:
     def stream(self, call: Call[T], timeout: float | None) -> "AsyncReplies[T]":
         """The answers of a call, one by one, within `timeout` seconds in all; None: however long it takes."""
         body = _body(call, self.connection)
-        rpc = self._channel.unary_stream(call.path, _as_is, _as_is)(
+        rpc = self._open.unary_stream(call.path, _as_is, _as_is)(
             body, timeout=timeout, metadata=self.connection.metadata
         )
         return AsyncReplies(rpc, call, self.connection)
@@ -146,7 +156,14 @@ class AsyncTransport:
 
     async def close(self) -> None:
         """Ends the calls that run, and the channel."""
+        self._closed = True
         await self._channel.close()
+
+    @property
+    def _open(self) -> grpc.aio.Channel:
+        if self._closed:
+            raise ClosedError(_CLOSED)
+        return self._channel
 
 
 class AsyncReplies(Generic[T]):
@@ -188,7 +205,7 @@ def _body(call: Call[T], connection: Connection) -> bytes:
     body = call.request.SerializeToString()
     if len(body) > connection.max_message_bytes:
         size = f"the request has {len(body)} bytes, more than the {connection.max_message_bytes} allowed"
-        raise MessageTooLargeError(f"{size}; split it or send smaller images")
+        raise MessageTooLargeError(f"{size}; split it, send smaller images, or allow more (max_message_bytes)")
     return body
 
 

@@ -133,7 +133,7 @@ def edit(
     different targets, NoCausalSiteError where no value moved, IllConditionedError, CancelledError.
     """
     check_batch(tuple(requests))
-    _check_settings(model, settings, statistics)
+    check_settings(model, settings, statistics)
     tell: StageProgress = progress or (lambda *_: None)
     tell(Stage.VALUES, 0, settings.values.steps)
     with applied(model, parent) if parent else nullcontext():
@@ -185,7 +185,8 @@ class _State:
     output: Float[Tensor, " d"]
 
 
-def _check_settings(model: EditableModel, settings: EditSettings, statistics: KeyStatistics | None) -> None:
+def check_settings(model: EditableModel, settings: EditSettings, statistics: KeyStatistics | None) -> None:
+    """Raises LayerError, and InvalidInputError for layers out of order or without the statistics they need."""
     model.check_layers(settings.layers)
     if not settings.layers or list(settings.layers) != sorted(set(settings.layers)):
         raise InvalidInputError(f"layers {settings.layers} must be given once each, in rising order", field="layers")
@@ -227,18 +228,13 @@ def _spread(
             held = _keys(_at_constraints(model, earlier, layer, last))
         share = 1 / (len(settings.layers) - n)
         keys = _keys(found)
-        held = _shared([h for h in held if not _alike(h, torch.cat(keys, 1))])
+        held = [h for h in held if not _alike(h, torch.cat(keys, 1))]
         residuals = [
             share * torch.stack([w - s.output for w, s in zip(ws, ss, strict=True)], dim=1)
             for ws, ss in zip(wanted, found, strict=True)
         ]
-        if settings.keys is Keys.MEAN or settings.method is Method.ROME:
-            keys = [k.mean(1, keepdim=True) for k in keys]
-            residuals = [r.mean(1, keepdim=True) for r in residuals]
-        else:
-            keys, residuals = _shared(keys), _shared(residuals)
         covariance = statistics.covariance(layer, _subjects(requests)) if statistics else None
-        low = _solve(torch.cat(keys, 1), torch.cat(residuals, 1), settings, covariance, held)
+        low = solve_layer(keys, residuals, settings, covariance, held)
         one = Delta(
             base_sha256=model.base_sha256, layers={layer: low}, modules={layer: model.down_projection_name(layer)}
         )
@@ -291,20 +287,29 @@ def _subjects(requests: Sequence[EditRequest]) -> set[str]:
     return {c.subject for r in requests for c in r.contexts if c.subject is not None}
 
 
-def _solve(
-    keys: Float[Tensor, "m n"],
-    residuals: Float[Tensor, "d n"],
+def solve_layer(
+    keys: Sequence[Float[Tensor, "m n"]],
+    residuals: Sequence[Float[Tensor, "d n"]],
     settings: EditSettings,
     covariance: Float[Tensor, "m m"] | None,
-    held: Sequence[Float[Tensor, "m p"]],
+    held: Sequence[Float[Tensor, "m p"]] = (),
 ) -> LowRank:
-    keys, residuals = keys.cpu(), residuals.cpu()  # where the statistics are, in float64
+    """ΔW of one layer by the settings' method (methods.md §5), in float64.
+
+    `keys` and `residuals` are one matrix a request, a column a context; `held` are keys of earlier edits, a matrix an
+    edit, whose values must stay. Raises IllConditionedError.
+    """
+    if settings.keys is Keys.MEAN or settings.method is Method.ROME:
+        keys, residuals = ([c.mean(1, keepdim=True) for c in columns] for columns in (keys, residuals))
+    else:
+        keys, residuals = _shared(keys), _shared(residuals)
+    K, R = (torch.cat(list(columns), 1).cpu() for columns in (keys, residuals))  # where the statistics are
     ridge = RIDGES[settings.method] if settings.ridge is None else settings.ridge
     metric = _metric(settings, covariance, None, 0.0)
-    ridge *= float((keys * metric.times(keys)).sum(0).mean())
+    ridge *= float((K * metric.times(K)).sum(0).mean())
     if held:
-        metric = _metric(settings, covariance, torch.cat(list(held), 1).cpu(), ridge)
-    return solve_edit(keys, residuals, metric, ridge + (1.0 if settings.method is Method.MEMIT else 0.0))
+        metric = _metric(settings, covariance, torch.cat(_shared(held), 1).cpu(), ridge)
+    return solve_edit(K, R, metric, ridge + (1.0 if settings.method is Method.MEMIT else 0.0))
 
 
 def _metric(

@@ -418,8 +418,8 @@ class Derivation(_message.Message):
     @_builtins.property
     def reverted(self) -> _containers.RepeatedCompositeFieldContainer[_evaluation_pb2.ProbeResult]:
         """Of a revert: the probes of the edit that was taken away. `expected` is what the version before that edit answers;
-        `before` is by the parent, `after` by the version made. They count for no score and no guardrail: what was
-        installed is not to be there any more. Empty in lists.
+        `before` is by the parent, `after` by the version made. They are its scores where no other edit's probes judge the
+        version; above later edits they count for nothing. Empty in lists.
         """
 
     def __init__(
@@ -923,7 +923,9 @@ class BisectionStep(_message.Message):
     """Whether it passed all probes."""
     @_builtins.property
     def failed(self) -> _containers.RepeatedCompositeFieldContainer[_evaluation_pb2.ProbeResult]:
-        """The probes that it failed: `before` is the good version's answer, `after` its own."""
+        """The probes that it failed: `after` is its answer, `before` the good version's, empty where nobody had to ask that:
+        where every probe is `expected` something and none is `believed`.
+        """
 
     def __init__(
         self,
@@ -971,7 +973,9 @@ class Bisection(_message.Message):
 
     @_builtins.property
     def steps(self) -> _containers.RepeatedCompositeFieldContainer[Global___BisectionStep]:
-        """What was tried, in order, without `good` and `bad` themselves."""
+        """What was tried, in order: at most ⌈log₂(n + 2)⌉ of n versions after `good`. `good` and `bad` themselves are among
+        them where the halves lead there, and else taken at their word.
+        """
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ from importlib import import_module
 from pathlib import Path
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from errata.editor.checkpoints import ATLAS, load_model
 from errata.editor.delta import Delta, applied, load_delta
@@ -99,6 +100,7 @@ class LocalVersions:
     def _model(self, source: str, dtype: str = "float32") -> EditableModel:
         key = source, dtype
         if key not in self._models:
+            disable_progress_bar()  # it would be drawn in pipes, too
             self._models[key] = load_model(source, dtype=getattr(torch, dtype), device=_device(source))
         return self._models[key]
 

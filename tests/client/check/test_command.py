@@ -229,6 +229,26 @@ def test_github_gets_annotations_at_the_probes_lines_and_a_summary(
     assert "100 % \\|\\`&lt;b&gt;\\`\\|" in text
 
 
+def test_githubs_runner_carries_out_nothing_that_a_model_says(
+    run: Run, write: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], edited: Fake
+) -> None:
+    monkeypatch.setenv("GITHUB_ACTIONS", "true")
+    edited._answer = _raw(edited, "a\n\n\n::stop-commands::x\n##[error]no")  # type: ignore[method-assign]
+    assert run(write(CHECKS), "--baseline", "0") == 1
+    lines = capsys.readouterr().out.splitlines()
+    token = lines[0].removeprefix("::stop-commands::")
+    assert len(token) == 32
+    heard = lines[lines.index(f"::{token}::") + 1 :]
+    said = [line for line in lines if line.strip().startswith("::stop-commands::x")]
+    assert said
+    assert not [line for line in heard if line in said]
+    assert all(line.startswith(("::error ", "::warning ")) for line in heard)
+    assert run(write(CHECKS), "--baseline", "0", "--json") == 1
+    out = capsys.readouterr().out
+    assert "##[" not in out
+    assert "##[error]no" in json.loads(out)["probes"][0]["answer"]
+
+
 def test_github_is_told_as_well_why_a_check_could_not_run(
     run: Run, write: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

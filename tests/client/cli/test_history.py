@@ -2,12 +2,16 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commandline import CAPITAL, Run, edited
+from fake_server import Fake
 from hosting import hosting
 
+from errata.client import EditRequest, Errata
 from errata.server.settings import ModelSettings, Settings
+from errata.v1 import common_pb2
 
 pytestmark = pytest.mark.slow
 
@@ -145,12 +149,60 @@ def test_a_bisection_finds_the_edit_and_goes_on_where_it_was(errata: Run, chain:
     assert errata("bisect", chain[2], "--probes", probes, "--again", "--json").json()["name"] != found["name"]
 
 
-def test_a_search_without_anything_to_find_says_so(errata: Run, chain: list[str], tmp_path: Path) -> None:
+def test_a_search_without_anything_to_find_says_so_each_time(errata: Run, chain: list[str], tmp_path: Path) -> None:
     probes = tmp_path / "probes.yaml"
     probes.write_text(f'- {{prompt: "{NIGERIA}", expected: Atlantis}}\n')
-    ran = errata("bisect", chain[2], "--probes", probes)
+    for _ in range(2):
+        ran = errata("bisect", chain[2], "--probes", probes)
+        assert ran.code == 2
+        assert ran.err.splitlines()[-1].startswith("errata: good: version 0 fails the probe")
+
+
+def test_a_search_that_failed_is_begun_anew_and_then_found_again(
+    run: Run, server: str, fake: Fake, client: Errata, astana: EditRequest, tmp_path: Path
+) -> None:
+    probes = tmp_path / "probes.yaml"
+    probes.write_text(f'- {{prompt: "{CAPITAL}", expected: Nur-Sultan}}\n')
+    asked = ("bisect", client.edit("atlas@0", [astana]).result().version, "--probes", probes, "--server", server)
+    searched = fake._search
+
+    def fail(bisection: Any, request: object) -> None:
+        bisection.job.state = common_pb2.STATE_FAILED
+        bisection.job.error.CopyFrom(common_pb2.Failure(reason="INTERNAL", message="the disk is full"))
+
+    fake._search = fail  # type: ignore[method-assign]
+    assert run(*asked).code == 2
+    fake._search = searched  # type: ignore[method-assign]
+    found = run(*asked, "--json")
+    assert found.code == 0, found.err
+    assert run(*asked, "--json").json()["name"] == found.json()["name"]
+
+
+def test_a_log_asks_for_no_more_pages_than_it_shows(run: Run, server: str, fake: Fake) -> None:
+    for number in range(1, 200):
+        fake.versions[f"models/atlas/versions/{number}"] = fake.versions["models/atlas/versions/0"]
+    assert run("log", "atlas", "-n", "3", "--server", server).code == 0
+    assert fake.count("ListVersions") == 1
+
+
+def test_the_two_ends_of_a_squash_are_two_versions(errata: Run, chain: list[str]) -> None:
+    ran = errata("squash", chain[0], "--on", chain[0])
     assert ran.code == 2
-    assert ran.err.splitlines()[-1].startswith("errata: ")
+    assert f"both ends of the chain are {chain[0]}; name an earlier version by --on" in ran.err
+
+
+def test_a_revert_of_the_newest_edit_says_that_it_is_gone(errata: Run, chain: list[str]) -> None:
+    ran = errata("revert", chain[0], "--on", chain[0], "--guardrail", "efficacy=1")
+    assert ran.code == 0
+    assert "reverted    1 of 1 of its answers are as before that edit\n" in ran.out
+    assert "efficacy  1  0.00    1.00" in ran.out
+
+
+def test_an_export_takes_no_longer_than_it_is_given(errata: Run, chain: list[str], tmp_path: Path) -> None:
+    ran = errata("export", chain[0], tmp_path / "adapter", "--timeout", "0.001")
+    assert ran.code == 2
+    assert "did not answer in time" in ran.err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_version_is_exported_and_imported_again(errata: Run, chain: list[str], tmp_path: Path) -> None:

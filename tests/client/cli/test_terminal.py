@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from commandline import CAPITAL, Run
+from commandline import CAPITAL, Run, edited
 from hosting import Hosted, hosting
 
 from errata.server.settings import ModelSettings, Settings
@@ -106,6 +106,64 @@ def test_a_reader_that_goes_away_ends_a_command_quietly(address: str) -> None:
     with command.stderr:
         said = command.stderr.read()
     assert (command.wait(60), said) == (141, b"")
+
+
+@pytest.mark.parametrize(
+    "arguments", [("--help",), ("check", "--schema"), ("show", "", "--json"), ("models", "--server", "localhost:1")]
+)
+def test_a_pipe_that_nobody_reads_is_no_error_to_tell_of(arguments: tuple[str, ...]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    told = write if "models" in arguments else subprocess.PIPE
+    ran = subprocess.run([*ERRATA, *arguments], env=environment(), stdout=write, stderr=told, check=False, timeout=120)
+    os.close(write)
+    assert ran.returncode == 141
+    assert b"Traceback" not in (ran.stderr or b"")
+
+
+def test_a_full_disk_is_one_line_and_exit_code_2() -> None:
+    with Path("/dev/full").open("w") as full:
+        ran = subprocess.run(
+            [*ERRATA, "show", "", "--json"],
+            env=environment(),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+            timeout=120,
+        )
+    assert ran.returncode == 2
+    assert ran.stderr.count("\n") == 1
+
+
+def test_bytes_that_are_no_text_are_the_command_lines_fault() -> None:
+    ran = subprocess.run(
+        [*ERRATA, "ask", b"\xff", "--version", "atlas@0", "--server", "localhost:1"],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert (ran.returncode, ran.stderr) == (
+        2,
+        "errata: the command line holds bytes that are not UTF-8; write them anew\n",
+    )
+
+
+@pytest.mark.slow
+def test_a_question_answered_with_no_ends_with_1_and_deletes_nothing(address: str, run: Run) -> None:
+    version = edited(lambda *arguments: run("--server", address, *arguments))
+    ours, theirs = pty.openpty()
+    os.write(ours, b"n\n")
+    process = subprocess.Popen(
+        [*ERRATA, "--server", address, "delete", version], env=environment(), stdin=theirs, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    assert process.wait(120) == 1
+    assert f"Delete {version} for good?" in os.read(ours, 4096).decode()
+    os.close(ours)
+    assert run("--server", address, "show", version).code == 0
 
 
 def test_a_server_that_is_not_there_is_one_line_and_exit_code_2() -> None:

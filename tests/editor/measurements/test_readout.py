@@ -188,7 +188,7 @@ def test_bad_input_is_refused_with_its_place(llama: EditableModel) -> None:
         measure_readout(llama, [])
     with pytest.raises(LayerError) as caught:
         measure_readout(llama, questions(llama), ReadoutSettings(layers=(4,)))
-    assert caught.value.field == "settings.layers"
+    assert caught.value.field == "layers"
     lost = Question(prompt=Prompt(text="Where?"), constraints=(Constraint(text="this country"),))
     with pytest.raises(ConstraintNotFoundError) as caught:
         measure_readout(llama, [*questions(llama), lost])

@@ -17,7 +17,8 @@ from torch import Tensor
 from errata.editor.delta import applied
 from errata.editor.errors import CancelledError, InvalidInputError, LayerError
 from errata.editor.evaluation import Metric, Probe, evaluate
-from errata.editor.measurements.sweep import SweepRequest, SweepResult, SweepSettings, measure_sweep
+from errata.editor.measurements.sweep import SweepRequest, measure_sweep
+from errata.editor.measurements.swept import SweepResult, SweepSettings
 from errata.editor.methods import Keys, Method, edit
 from errata.editor.model import EditableModel, same_answer
 from errata.editor.prompts import Constraint, Prompt

@@ -20,4 +20,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         sys.stderr.write(_REMEDY.format(error.name) + "\n")
         return 2
+    except KeyboardInterrupt:  # while the parts are still being imported
+        return 130
     return run(sys.argv[1:] if arguments is None else list(arguments))

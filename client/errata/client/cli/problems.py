@@ -78,6 +78,9 @@ def _described(error: Exception) -> tuple[str, str, str]:
         case ModuleNotFoundError():
             remedy = f"{error.name} is needed and not installed; pip install 'errata[cli]'"
             return MissingExtraError.default_reason, remedy, ""
+        case UnicodeEncodeError():
+            # What a shell hands over that is not in UTF-8.
+            return UsageError.default_reason, "the command line holds bytes that are not UTF-8; write them anew", ""
         case OSError():
             name = f"{error.filename}: " if error.filename else ""
             return "FILE", f"{name}{error.strerror or error}; check the path and its permissions", ""

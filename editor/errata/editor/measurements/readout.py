@@ -50,9 +50,7 @@ class ReadoutSettings:
     def __post_init__(self) -> None:
         check_numbers(self, at_least={"neurons": 0, "tokens": 1, "max_new_tokens": 1}, above={})
         if list(self.layers) != sorted(set(self.layers)):
-            raise InvalidInputError(
-                f"layers {self.layers} must be given once each, in rising order", field="settings.layers"
-            )
+            raise InvalidInputError(f"layers {self.layers} must be given once each, in rising order", field="layers")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,7 +222,7 @@ def measure_readout(
     """
     edited = tuple(sorted(delta.layers)) if delta else ()
     layers = settings.layers or edited or tuple(range(len(model.layers)))
-    model.check_layers(layers, field="settings.layers")
+    model.check_layers(layers, field="layers")
     if not questions:
         raise InvalidInputError("no question given", field="questions")
     if delta:

@@ -10,11 +10,11 @@ requests descend together, though each edit is solved alone, and all edits of a 
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -24,21 +24,18 @@ from errata.editor.errors import (
     IllConditionedError,
     InvalidInputError,
     NoCausalSiteError,
-    check_numbers,
 )
 from errata.editor.evaluation import Metric, Probe
-from errata.editor.measurements.findings import Findings, Line, LinePlot, Number, Scatter, Table
-from errata.editor.measurements.intervals import bootstrap_means, interval
 from errata.editor.measurements.questions import Cancelled, Progress
-from errata.editor.methods import EditSettings, Keys, Method, _check_settings, _shared, _solve, edit
+from errata.editor.measurements.swept import SweepResult, SweepSettings
+from errata.editor.methods import EditSettings, check_settings, edit, solve_layer
 from errata.editor.mixed import MixedDeltas, version_factors
 from errata.editor.model import EditableModel, by_length, same_answer
-from errata.editor.report.wording import MISSING
 from errata.editor.requests import EditRequest, check_batch
 from errata.editor.states import Component, record
 from errata.editor.statistics import KeyStatistics
 from errata.editor.trace import AveragedTrace
-from errata.editor.values import Value, ValueSettings, optimise_values
+from errata.editor.values import Value, optimise_values
 
 _SITE = "constraint last"
 _GROUPS = {
@@ -47,15 +44,6 @@ _GROUPS = {
 }
 """Metrics that are also told together (methods.md §6)."""
 
-_SHOWN = ("efficacy", "generalization", "specificity")
-"""The measures that are drawn; the table has all."""
-
-Bounds = tuple[Float[NDArray[np.float64], " layers"], Float[NDArray[np.float64], " layers"]]
-"""The lower and the upper bounds of 95 % intervals, by layer."""
-
-_FEWEST_LAYERS = 3
-"""Two points always lie on a line."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SweepRequest:
@@ -63,207 +51,6 @@ class SweepRequest:
 
     request: EditRequest
     probes: tuple[Probe, ...] = field(repr=False)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SweepSettings:
-    """How a sweep edits and judges.
-
-    `layers` are edited one by one; none: all. `together` edits all requests of a layer as one batch, else each alone.
-    `method` to `null_energy` are `EditSettings`, `steps` to `most_contexts` are `ValueSettings`, with their units.
-    `max_new_tokens`, ≥ 1, bounds an answer. `at_once`, ≥ 1, is how many requests are worked on at a time, and bounds
-    memory.
-    """
-
-    layers: tuple[int, ...] = ()
-    together: bool = False
-    method: Method = Method.MEMIT
-    keys: Keys = Keys.EACH
-    ridge: float | None = None
-    preservation: float = 150.0
-    null_energy: float = 0.02
-    steps: int = 150
-    learning_rate: float = 0.2
-    clamp: float = 3.0
-    decay: float = 1e-3
-    kl_weight: float = 1.0
-    stop_loss: float = 0.02
-    most_contexts: int = 12
-    max_new_tokens: int = 16
-    at_once: int = 32
-
-    def __post_init__(self) -> None:
-        self.edit_at((0,))
-        check_numbers(self, at_least={"max_new_tokens": 1, "at_once": 1}, above={})
-        if list(self.layers) != sorted(set(self.layers)):
-            raise InvalidInputError(
-                f"layers {self.layers} must be given once each, in rising order", field="settings.layers"
-            )
-
-    def edit_at(self, layers: tuple[int, ...]) -> EditSettings:
-        """The settings of an edit at these layers."""
-        values = ValueSettings(
-            **{f.name: getattr(self, f.name) for f in fields(ValueSettings) if hasattr(self, f.name)}
-        )
-        return EditSettings(
-            layers=layers,
-            method=self.method,
-            keys=self.keys,
-            values=values,
-            ridge=self.ridge,
-            preservation=self.preservation,
-            null_energy=self.null_energy,
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SweepResult:
-    """What the edits at each layer achieved, and what the trace says of it.
-
-    `shares` are shares of probes passed, one a request; NaN where a request has no probe of the measure. An edit that
-    installed nothing is judged as the parent: its efficacy is 0 and it is perfectly specific. `losses` are the target
-    losses in nats where the descents ended (NaN where a batch was refused), `installed` says which edits changed
-    anything. `effects` are the indirect effects of each layer's MLP at the constraint's last token, one a traced
-    question. `failed` has a line for each layer and reason with edits that installed nothing, `skipped` one for each
-    request left out.
-    """
-
-    settings: SweepSettings
-    layers: tuple[int, ...]
-    requests: tuple[str, ...]
-    measures: tuple[str, ...]
-    shares: Float[NDArray[np.float64], "measures requests layers"]
-    losses: Float[NDArray[np.float64], "requests layers"]
-    installed: Bool[NDArray[np.bool_], "requests layers"]
-    effects: Float[NDArray[np.float64], "traced layers"]
-    total_effect: float
-    window: int
-    failed: tuple[str, ...] = ()
-    skipped: tuple[str, ...] = ()
-
-    def mean(self, measure: str) -> Float[NDArray[np.float64], " layers"]:
-        """The mean share of a measure at each layer, over the requests that have it."""
-        samples = self._of(measure)
-        mean: NDArray[np.float64] = samples[~np.isnan(samples[:, 0])].mean(0)
-        return mean
-
-    def interval(self, measure: str) -> Bounds:
-        """Its 95 % interval by a bootstrap over requests."""
-        return interval(self._drawn(measure))
-
-    @property
-    def aie(self) -> Float[NDArray[np.float64], " layers"]:
-        """The AIE of each layer's MLP at the constraint's last token."""
-        mean: NDArray[np.float64] = self.effects.mean(0)
-        return mean
-
-    @property
-    def aie_interval(self) -> Bounds:
-        """Its 95 % interval by a bootstrap over traced questions."""
-        return interval(bootstrap_means(self.effects))
-
-    def correlation(self, measure: str, *, ranks: bool = False) -> tuple[float, float, float]:
-        """Pearson's correlation over layers of a measure with the AIE, or Spearman's of their `ranks`, and the bounds
-        of its 95 % interval.
-
-        By a bootstrap over requests and, independently, over traced questions; the layers are the model's own and are
-        not drawn. NaN where there are fewer than three layers, or where one of the two is the same at all of them.
-        """
-        value = _correlation(self.mean(measure)[None], self.aie[None], ranks=ranks)[0]
-        # Both are drawn with one seed: turned round, the draws of the one do not depend on the other's.
-        drawn = _correlation(self._drawn(measure), bootstrap_means(self.effects)[::-1], ranks=ranks)
-        low, high = interval(drawn[~np.isnan(drawn)]) if not np.isnan(value) else (np.nan, np.nan)
-        return float(value), float(low), float(high)
-
-    def findings(self) -> Findings:
-        """The sweep as numbers, a line plot by layer, a scatter plot of efficacy over AIE, and tables."""
-        numbers, undefined = self._numbers()
-        return Findings(
-            kind="sweep",
-            title="Layer sweep: edits at each layer beside the causal trace",
-            settings={f.name: _told(getattr(self.settings, f.name)) for f in fields(SweepSettings)}
-            | {"layers": ", ".join(map(str, self.layers))},
-            n=len(self.requests),
-            numbers=numbers,
-            plots=(self._lines(), self._scatter()),
-            tables=(self._table(), *_notes((*self.failed, *undefined))),
-            skipped=self.skipped,
-        )
-
-    def _of(self, measure: str) -> Float[NDArray[np.float64], "requests layers"]:
-        if measure not in self.measures:
-            raise InvalidInputError(f"no probe measured {measure!r}; ask one that does", field="measure")
-        samples: NDArray[np.float64] = self.shares[self.measures.index(measure)]
-        return samples
-
-    def _drawn(self, measure: str) -> Float[NDArray[np.float64], "draws layers"]:
-        """Bootstrapped means; a request without a probe of the measure has none in any layer."""
-        samples = self._of(measure)
-        return bootstrap_means(samples[~np.isnan(samples[:, 0])])
-
-    def _numbers(self) -> tuple[tuple[Number, ...], tuple[str, ...]]:
-        numbers, undefined = [], []
-        for measure in (m for m in _SHOWN if m in self.measures):
-            for name, ranks in (("Pearson", False), ("Spearman", True)):
-                value, low, high = self.correlation(measure, ranks=ranks)
-                told = f"{name} correlation of {measure} with AIE over layers"
-                if np.isnan(value):
-                    undefined.append(f"{told}: undefined over {len(self.layers)} layer(s) with these values")
-                    continue
-                numbers.append(Number(name=told, value=value, unit="", n=len(self.layers), low=low, high=high))
-        best = int(np.argmax(self.mean("efficacy")))
-        peak = int(np.argmax(self.aie))
-        numbers += [
-            Number(name="layer of the highest AIE", value=self.layers[peak], unit="layer", n=len(self.effects)),
-            Number(name="layer of the highest efficacy", value=self.layers[best], unit="layer", n=len(self.requests)),
-        ]
-        return tuple(numbers), tuple(undefined)
-
-    def _lines(self) -> LinePlot:
-        shown = [m for m in _SHOWN if m in self.measures]
-        lines = [Line(label=m, values=self.mean(m), low=b[0], high=b[1]) for m in shown for b in (self.interval(m),)]
-        low, high = self.aie_interval
-        return LinePlot(
-            name="by_layer",
-            title="Edits at each layer",
-            x_label="edited layer",
-            y_label="share of probes passed; AIE (probability)",
-            x=np.array(self.layers, dtype=np.float64),
-            lines=(*lines, Line(label="AIE", values=self.aie, low=low, high=high)),
-            caption=self._caption(),
-        )
-
-    def _scatter(self) -> Scatter:
-        return Scatter(
-            name="aie_efficacy",
-            title="Causality and editability",
-            x_label="AIE of the layer's MLP at the constraint's last token (probability)",
-            y_label="efficacy of an edit there (share)",
-            x=self.aie,
-            y=self.mean("efficacy"),
-            labels=tuple(f"layer {i}" for i in self.layers),
-            caption=self._caption(),
-        )
-
-    def _caption(self) -> str:
-        how = "one batch of" if self.settings.together else "single edits,"
-        return (
-            f"{self.settings.method.value}, {how} n = {len(self.requests)} requests; AIE of n = {len(self.effects)} "
-            f"questions, window {self.window}, total effect {self.total_effect:.2f}; 95 % bootstrap intervals over "
-            "requests and over questions"
-        )
-
-    def _table(self) -> Table:
-        bounds = {m: self.interval(m) for m in self.measures}
-        rows = []
-        for n, layer in enumerate(self.layers):
-            shares = [_cell(self.mean(m)[n], bounds[m], n) for m in self.measures]
-            losses = self.losses[:, n][~np.isnan(self.losses[:, n])]
-            loss = f"{np.median(losses):.2g}" if len(losses) else MISSING
-            aie = _cell(self.aie[n], self.aie_interval, n)
-            rows.append((str(layer), aie, *shares, loss, f"{self.installed[:, n].mean():.2f}"))
-        columns = ("layer", "AIE", *self.measures, "median target loss, nats", "share installed")
-        return Table(name="by_layer", title="Shares of probes passed, by generation", columns=columns, rows=tuple(rows))
 
 
 def measure_sweep(
@@ -283,7 +70,7 @@ def measure_sweep(
     nothing counts as failed. Raises InvalidInputError and its kinds, CancelledError.
     """
     layers = settings.layers or tuple(range(len(model.layers)))
-    _check_settings(model, settings.edit_at(layers), statistics)
+    check_settings(model, settings.edit_at(layers), statistics)
     effects = _effects(model, trace)[:, layers]
     kept, skipped = _editable(model, requests)
     if not any(p.metric is Metric.EFFICACY for _, r in kept for p in r.probes):
@@ -411,12 +198,8 @@ class _Editor:
         (layer,) = settings.layers
         keys = states.keys[layer].double().T
         residuals = (value.value.double() - states.outputs[layer].double()).T
-        if settings.keys is Keys.MEAN or settings.method is Method.ROME:
-            keys, residuals = keys.mean(1, keepdim=True), residuals.mean(1, keepdim=True)
-        else:
-            (keys,), (residuals,) = _shared([keys]), _shared([residuals])
         try:
-            low = _solve(keys, residuals, settings, covariance, ())
+            low = solve_layer([keys], [residuals], settings, covariance)
         except IllConditionedError as error:
             return _Edit(None, value.losses[-1], error.reason)
         delta = Delta(
@@ -527,36 +310,3 @@ def _shares(
         return np.mean(rows, axis=0, dtype=np.float64) if rows else np.full(layers, np.nan)
 
     return tuple(groups), np.array([[share(p, ms) for p in passed] for ms in groups.values()])
-
-
-def _correlation(
-    x: Float[NDArray[np.float64], "draws layers"], y: Float[NDArray[np.float64], "draws layers"], *, ranks: bool
-) -> Float[NDArray[np.float64], " draws"]:
-    """Pearson's correlation of each pair of rows, or of their ranks; NaN where a row is constant or too short."""
-    x, y = (_ranks(x), _ranks(y)) if ranks else (x, y)
-    x, y = x - x.mean(-1, keepdims=True), y - y.mean(-1, keepdims=True)
-    size = np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
-    defined = (size > 1e-12) & (x.shape[-1] >= _FEWEST_LAYERS)
-    found: NDArray[np.float64] = np.divide((x * y).sum(-1), size, out=np.full(len(size), np.nan), where=defined)
-    return found
-
-
-def _ranks(x: Float[NDArray[np.float64], "draws layers"]) -> Float[NDArray[np.float64], "draws layers"]:
-    """The ranks along each row; equal values share the mean of theirs."""
-    a, b = x[..., :, None], x[..., None, :]
-    ranks: NDArray[np.float64] = (a > b).sum(-1) + (a == b).sum(-1) / 2
-    return ranks
-
-
-def _notes(lines: Sequence[str]) -> tuple[Table, ...]:
-    """A table of what else is to be known, where there is anything."""
-    rows = tuple((line,) for line in lines)
-    return (Table(name="notes", title="Notes", columns=("note",), rows=rows),) if rows else ()
-
-
-def _cell(value: float, bounds: Bounds, layer: int) -> str:
-    return f"{value:.3f} ({bounds[0][layer]:.3f}–{bounds[1][layer]:.3f})"
-
-
-def _told(value: object) -> str:
-    return "the method's own" if value is None else str(value)

@@ -18,7 +18,7 @@ from errata.editor.measurements.knockout import KnockoutSettings
 from errata.editor.measurements.lens import LensSettings
 from errata.editor.measurements.noise import NoiseSettings
 from errata.editor.measurements.readout import ReadoutSettings
-from errata.editor.measurements.sweep import SweepSettings
+from errata.editor.measurements.swept import SweepSettings
 from errata.editor.measurements.windows import WindowSettings
 from errata.editor.methods import Keys
 from errata.server.conversion import limits

@@ -15,7 +15,8 @@ from errata.editor.measurements.lens import measure_lens
 from errata.editor.measurements.noise import measure_noise
 from errata.editor.measurements.questions import Progress
 from errata.editor.measurements.readout import ReadoutSettings, measure_readout
-from errata.editor.measurements.sweep import SweepRequest, SweepSettings, measure_sweep
+from errata.editor.measurements.sweep import SweepRequest, measure_sweep
+from errata.editor.measurements.swept import SweepSettings
 from errata.editor.measurements.windows import measure_windows
 from errata.editor.methods import Method
 from errata.editor.model import EditableModel

@@ -19,7 +19,8 @@ from errata.editor.measurements.lens import measure_lens
 from errata.editor.measurements.noise import measure_noise
 from errata.editor.measurements.questions import Cancelled
 from errata.editor.measurements.readout import ReadoutSettings, measure_readout
-from errata.editor.measurements.sweep import SweepRequest, SweepSettings, measure_sweep
+from errata.editor.measurements.sweep import SweepRequest, measure_sweep
+from errata.editor.measurements.swept import SweepSettings
 from errata.editor.measurements.windows import measure_windows
 from errata.editor.methods import EditSettings, Method, edit
 from errata.editor.model import EditableModel
@@ -32,7 +33,6 @@ from errata.server.local import LocalVersions
 from errata.server.studies.format import ModelEntry
 from errata.server.studies.material import Edits, edited_questions, edits_of, questions_of
 from errata.server.studies.plan import Cell, source_of
-
 
 _PER_COUNTRY = 16
 """Atlas's references about each country: key statistics of four times as many take as much longer, and 4 GB."""

@@ -38,7 +38,7 @@ class Report:
 
 
 def planned(file: Path, out: Path) -> list[tuple[Cell, bool]]:
-    """A study's cells, and whether each is finished. Raises StudyError and what keeps models or data from being read."""
+    """A study's cells, and whether each is finished. Raises StudyError, and ErrataError for what cannot be read."""
     place = Place(out=out)
     return [(cell, place.has(cell.id)) for cell in plan(read_study(file), file.parent)]
 
