@@ -18,6 +18,7 @@ from test_client import SERVICES
 from errata.client import (
     AsyncErrata,
     BusyError,
+    ClosedError,
     DeadlineExceededError,
     EditRequest,
     Errata,

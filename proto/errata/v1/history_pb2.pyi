@@ -419,7 +419,7 @@ class Derivation(_message.Message):
     def reverted(self) -> _containers.RepeatedCompositeFieldContainer[_evaluation_pb2.ProbeResult]:
         """Of a revert: the probes of the edit that was taken away. `expected` is what the version before that edit answers;
         `before` is by the parent, `after` by the version made. They are its scores where no other edit's probes judge the
-        version; above later edits they count for nothing. Empty in lists.
+        version; below later edits they count for nothing. Empty in lists.
         """
 
     def __init__(

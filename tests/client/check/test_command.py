@@ -233,15 +233,17 @@ def test_githubs_runner_carries_out_nothing_that_a_model_says(
     run: Run, write: Write, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], edited: Fake
 ) -> None:
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
-    edited._answer = _raw(edited, "a\n\n\n::stop-commands::x\n##[error]no")  # type: ignore[method-assign]
+    edited._answer = _raw(edited, "a\n\n\n::debug::x\n##[error]no")  # type: ignore[method-assign]
     assert run(write(CHECKS), "--baseline", "0") == 1
     lines = capsys.readouterr().out.splitlines()
     token = lines[0].removeprefix("::stop-commands::")
     assert len(token) == 32
-    heard = lines[lines.index(f"::{token}::") + 1 :]
-    said = [line for line in lines if line.strip().startswith("::stop-commands::x")]
+    end = lines.index(f"::{token}::")
+    said = [i for i, line in enumerate(lines) if line.strip().startswith("::debug::x")]
     assert said
-    assert not [line for line in heard if line in said]
+    assert max(said) < end
+    heard = lines[end + 1 :]
+    assert heard
     assert all(line.startswith(("::error ", "::warning ")) for line in heard)
     assert run(write(CHECKS), "--baseline", "0", "--json") == 1
     out = capsys.readouterr().out

@@ -13,7 +13,7 @@ torch.set_num_threads(1)
 # The folders of tests are no packages; `tiny` and `desk` are imported by name.
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[2] / "editor")]
 
-from desk import Desk  # noqa: E402
+from desk import Desk, Report  # noqa: E402
 from mlflow import MlflowClient  # noqa: E402
 from tiny import picture, tiny_model  # noqa: E402
 
@@ -39,11 +39,38 @@ def furniture(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def desk(furniture: Path, tmp_path: Path) -> Desk:
-    (tmp_path / "model").symlink_to(furniture / "model")
-    shutil.copytree(furniture / "flags", tmp_path / "flags")
-    (tmp_path / "out").mkdir()
-    shutil.copy(furniture / "mlflow.sqlite", tmp_path / "out" / "mlflow.sqlite")
-    made = Desk(tmp_path)
+def other_weights(tmp_path: Path) -> Path:
+    """A model like the study's, with other weights."""
+    model = tiny_model("llava", seed=1)
+    model.model.save_pretrained(tmp_path / "other")
+    model.processor.save_pretrained(tmp_path / "other")
+    return tmp_path / "other"
+
+
+def furnished(furniture: Path, root: Path, results: Path | None = None) -> Desk:
+    (root / "model").symlink_to(furniture / "model")
+    shutil.copytree(furniture / "flags", root / "flags")
+    (root / "out").mkdir()
+    shutil.copy(furniture / "mlflow.sqlite", root / "out" / "mlflow.sqlite")
+    made = Desk(root, results)
     made.write()
     return made
+
+
+@pytest.fixture
+def desk(furniture: Path, tmp_path: Path) -> Desk:
+    """A study that nobody has run."""
+    return furnished(furniture, tmp_path)
+
+
+@pytest.fixture(scope="session")
+def finished(furniture: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Desk, Report]:
+    """A study that was run; to be read only."""
+    made = furnished(furniture, tmp_path_factory.mktemp("finished"))
+    return made, made.run()
+
+
+@pytest.fixture
+def again(furniture: Path, tmp_path: Path, finished: tuple[Desk, Report]) -> Desk:
+    """The same study in another folder, with the results of the finished one; to be planned, not run."""
+    return furnished(furniture, tmp_path, finished[0].out)

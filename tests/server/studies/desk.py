@@ -12,6 +12,7 @@ with warnings.catch_warnings():
     from errata.server.studies.whole import Report, planned, run_study
 
 from mlflow import MlflowClient  # isort: skip
+from mlflow.entities import Run
 
 ENTRY = {
     "study": "tiny",
@@ -20,6 +21,10 @@ ENTRY = {
     "measurements": {"lens": {"kind": "lens"}, "flows": {"kind": "attention", "settings": {"overlays": 1}}},
 }
 """A study of two cells."""
+
+
+LENS, FLOWS = "lens · one · flags", "flows · one · flags"
+"""Its cells."""
 
 
 def threads(jobs: int, stop: Path) -> Executor:
@@ -31,6 +36,7 @@ class Desk:
     """A folder with a model, a data set and a study's file, and another for results."""
 
     root: Path
+    results: Path | None = None
     told: list[str] = field(default_factory=list)
 
     @property
@@ -39,7 +45,7 @@ class Desk:
 
     @property
     def out(self) -> Path:
-        return self.root / "out"
+        return self.results or self.root / "out"
 
     def write(self, study: object = ENTRY, **changes: object) -> Path:
         given = {**study, **changes} if isinstance(study, dict) else study
@@ -52,13 +58,14 @@ class Desk:
     def finished(self) -> dict[str, bool]:
         return {cell.label: finished for cell, finished in planned(self.file, self.out)}
 
-    def times(self) -> dict[str, int]:
-        """When each finished cell was written."""
-        found = planned(self.file, self.out)
-        return {cell.label: (self.out / "cells" / cell.id).resolve().stat().st_mtime_ns for cell, done in found if done}
-
     def page(self) -> str:
         return (self.out / "index.html").read_text()
+
+    def runs(self) -> list[Run]:
+        """Of the study's experiment."""
+        experiment = self.mlflow.get_experiment_by_name("errata/studies/tiny")
+        assert experiment is not None
+        return list(self.mlflow.search_runs([experiment.experiment_id]))
 
     @property
     def mlflow(self) -> MlflowClient:

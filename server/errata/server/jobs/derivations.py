@@ -4,8 +4,8 @@ Until the one transaction in the ledger nothing of it can be seen, so it can be 
 
 Whose probes judge it: those of all edits concerned that it does not take away. For a revert these are the edits made on
 top of the reverted one, and what it brings back. The reverted one's own probes are asked and told: what is right there
-is what the version before that edit answers. They judge where nothing else does, what was installed has to be gone then;
-above later edits they count for nothing, as a later one may have changed the same answers.
+is what the version before that edit answers. They judge where nothing else does, as what was installed has to be gone;
+below later edits they count for nothing, as a later one may have changed the same answers.
 """
 
 import tempfile

@@ -20,6 +20,7 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from errata.editor.errors import ErrataError
 from errata.server.local import UnusableError
@@ -121,6 +122,7 @@ def _start(stop: Path) -> None:
     """Makes this process a worker: Ctrl-C is its parent's, and it does not outlive it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+    disable_progress_bar()
     parent = multiprocessing.parent_process()
     assert parent is not None
     threading.Thread(target=_end_with, args=(parent.sentinel, stop), daemon=True).start()
