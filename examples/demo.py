@@ -23,6 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from errata.client import Context, EditRequest, Errata, Probe, Prompt, TracedQuestion
+from errata.client.names import last_part
 from errata.client.operations import Operation
 from errata.client.results import CausalTrace, Edit, MetricScore, VersionState
 from errata.editor import prompts, requests
@@ -146,15 +147,21 @@ def scores(found: Sequence[MetricScore], console: Console) -> None:
 
 def history(client: Errata, console: Console) -> None:
     """Every version, the newest first."""
-    table = Table("version", "parent", "facts", "size", "state", "MLflow", "alias", title="History", box=SIMPLE)
+    table = Table("", "on", "facts", "size", "state", "MLflow", "alias", title="History", box=SIMPLE, pad_edge=False)
     table.title_justify = "left"
     for v in client.versions("atlas"):
-        facts = "; ".join(v.facts[:2]) + (f"; … {len(v.facts)} in all" if len(v.facts) > 2 else "")
+        facts = "; ".join(v.facts[:1]) + (f"; … {len(v.facts)} in all" if len(v.facts) > 1 else "")
         rejected = "[red]rejected[/]" if v.state is VersionState.REJECTED else "ready"
         size = f"{v.delta_bytes / 1024:.0f} KiB" if v.delta_bytes else ""
         parent = v.parent.rpartition("/")[2]
         table.add_row(
-            v.name.rpartition("/")[2], parent, facts, size, rejected, v.publish_state.value, ", ".join(v.aliases)
+            v.name.rpartition("/")[2],
+            parent,
+            facts,
+            size,
+            rejected,
+            v.publish_state.value,
+            ", ".join(map(last_part, v.aliases)),
         )
     console.print(table)
 

@@ -14,11 +14,12 @@ from oracle import logits
 from tiny import ARCHITECTURES, context, question, random_delta, tiny_model
 from tiny_text import sizes
 from tiny_tokenizer import tokenizer
+from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from errata.editor.checkpoints import load_model
 from errata.editor.delta import applied
 from errata.editor.errors import ModelError, UnknownFamilyError
-from errata.editor.families import FAMILIES
+from errata.editor.families import FAMILIES, family_of
 from errata.editor.families.structure import family_by_structure
 from errata.editor.mixed import mixed
 from errata.editor.prompts import Prompt
@@ -95,7 +96,7 @@ def test_an_unknown_architecture_is_found_by_its_structure(
             "OPTForCausalLM",
             "OPTConfig",
             {"ffn_dim": 48, "word_embed_proj_dim": 32, "do_layer_norm_before": False},
-            "final_layer_norm",
+            "model.decoder has 0 candidates for the norm between",
         ),
     ],
 )
@@ -126,6 +127,23 @@ def test_a_model_that_sees_is_loaded_with_its_processor(tmp_path: Path, name: st
     found, asked = load_model(tmp_path), question(model)
     assert found.family is model.family
     assert found.generate([asked], max_new_tokens=4) == model.generate([asked], max_new_tokens=4)
+
+
+@pytest.mark.parametrize("name", ["pipeline", "AutoModel", "LlamaConfig", "NoSuchModel"])
+def test_an_architecture_that_is_no_model_of_transformers_is_refused(tmp_path: Path, name: str) -> None:
+    folder = saved(tmp_path, "LlamaForCausalLM", "LlamaConfig")
+    config = folder / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "architectures": [name]}))
+    with pytest.raises(UnknownFamilyError, match=f"{name}.*transformers has no model of that name"):
+        load_model(folder)
+
+
+def test_an_architecture_with_another_text_decoder_than_its_familys_is_found_by_its_structure() -> None:
+    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 24, "patch_size": 8}
+    text = {**sizes(), "model_type": "phi"}
+    found = family_of(LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text)))
+    assert (found.decoder, found.final_norm) == ("model.language_model", "final_layernorm")
+    assert found.down_projection == "mlp.fc2"
 
 
 def test_the_table_of_families_lists_every_architecture_and_no_other() -> None:

@@ -17,6 +17,7 @@ from transformers import (
     AutoConfig,
     AutoProcessor,
     AutoTokenizer,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
@@ -55,9 +56,7 @@ def load_model(
     except (OSError, ValueError) as error:
         raise ModelError(f"no model can be read at {path!r}: {error}") from error
     architecture = (config.architectures or [config.model_type])[0]
-    cls: Any = getattr(transformers, architecture, None)
-    if cls is None:
-        raise unknown(architecture, "transformers has no model of that name")
+    cls = _class_of(architecture)
     with torch.device("meta"):
         family = family_of(cls(config))
     weights = weight_files(path)
@@ -80,6 +79,14 @@ def load_model(
     if family not in FAMILIES:
         check_unfamiliar(loaded)
     return loaded
+
+
+def _class_of(architecture: str) -> Any:
+    """The model's class. The name is the folder's, so it could be that of anything in `transformers`."""
+    found = getattr(transformers, architecture, None)
+    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
+        raise unknown(architecture, "transformers has no model of that name")
+    return found
 
 
 def hash_files(weights: Iterable[Path]) -> str:

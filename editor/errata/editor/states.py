@@ -8,13 +8,12 @@ Where a model attends both ways, over an image or over the whole prompt, a run s
 so that nothing before it sees what differs. The masks are those that the model itself passed to its layers.
 
 Architecture invariant: this module calls the model's own layers with the arguments that the model itself passed
-them. It holds no arithmetic of any family but the attention over (recorded prefix, own suffix).
+them. The only arithmetic that takes their place is the attention over (recorded prefix, own suffix) (`prefixed`).
 """
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -22,10 +21,11 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
-from transformers import AttentionInterface, Cache, DynamicCache
+from transformers import Cache, DynamicCache
 
-from errata.editor.errors import InvalidInputError, ModelError
+from errata.editor.errors import InvalidInputError
 from errata.editor.model import EditableModel, Encoded, by_length
+from errata.editor.prefixed import PREFIX, JoinedPrefix, Prefix, SharedPrefix, prefixed_attention_of, shares_prefix
 
 _POSITIONAL = ("position_embeddings", "position_ids", "cache_position")
 """Layer arguments with one entry a token, which a run started in the middle takes from there on."""
@@ -190,12 +190,12 @@ class Suffix:
         self._prefix = max(self.begins)
         self._valid = self._prefix_mask()
         # Put together on first use: a value's descent runs the same layers many times.
-        self._prefixes: dict[int, _Prefix] = {}
+        self._prefixes: dict[int, Prefix] = {}
         self._calls: dict[int, dict[str, Any]] = {}
 
     def __enter__(self) -> "Suffix":
         self._exit = ExitStack()
-        self._exit.enter_context(_attention_of(self._model))
+        self._exit.enter_context(prefixed_attention_of(self._model))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -228,7 +228,7 @@ class Suffix:
         hooks = hooks or {}
         prefix = self._prefix_of(layer)
         prefix = prefix if blocked is None else replace(prefix, blocked=self._checked(blocked, prefix))
-        token = _PREFIX.set(prefix)
+        token = PREFIX.set(prefix)
         try:
             with ExitStack() as open_hooks:
                 for component in (Component.ATTENTION, Component.MLP):
@@ -237,7 +237,7 @@ class Suffix:
                         open_hooks.enter_context(changed_output(target, _on_rows(hooks[component], len(hidden))))
                 out = _first(module(hidden, **self._call(layer, prefix, hidden.dtype)))
         finally:
-            _PREFIX.reset(token)
+            PREFIX.reset(token)
         out = hooks[Component.LAYER](out) if Component.LAYER in hooks else out
         return self._with_injected(layer, out)
 
@@ -253,7 +253,7 @@ class Suffix:
         return logits_of(self._model, hidden)
 
     def _checked(
-        self, blocked: Bool[Tensor, "rows suffix tokens"], prefix: "_Prefix"
+        self, blocked: Bool[Tensor, "rows suffix tokens"], prefix: Prefix
     ) -> Bool[Tensor, "rows suffix tokens"]:
         """`blocked`, if it leaves every token something to attend to."""
         alone = (prefix.hidden(self.width) | blocked).all(-1)
@@ -266,19 +266,19 @@ class Suffix:
             )
         return blocked
 
-    def _call(self, layer: int, prefix: "_Prefix", dtype: torch.dtype) -> dict[str, Any]:
+    def _call(self, layer: int, prefix: Prefix, dtype: torch.dtype) -> dict[str, Any]:
         """The arguments the model passed to this layer, for these rows from their starts on."""
         if layer not in self._calls:
             own = dict(self._recordings[0].calls[layer])
             for name in _POSITIONAL:
                 if own.get(name) is not None:
                     own[name] = self._from_starts(layer, name)
-            cache = _SharedPrefix() if _shares(self._model) else _JoinedPrefix()
+            cache = SharedPrefix() if shares_prefix(self._model) else JoinedPrefix()
             # Families differ in the name by which a layer takes its cache.
             own |= {name: cache for name, value in own.items() if isinstance(value, Cache)}
             own |= {"attention_mask": None, "use_cache": False}
             self._calls[layer] = own
-        if _shares(self._model):
+        if shares_prefix(self._model):
             return self._calls[layer]
         hidden = prefix.hidden(self.width) if prefix.blocked is None else prefix.hidden(self.width) | prefix.blocked
         bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
@@ -296,17 +296,18 @@ class Suffix:
             return tuple(torch.stack(parts) for parts in zip(*rows, strict=True))
         return torch.stack(rows)
 
-    def _prefix_of(self, layer: int) -> "_Prefix":
+    def _prefix_of(self, layer: int) -> Prefix:
         def padded(x: Tensor, start: int) -> Tensor:
             return nn.functional.pad(x[:, :start], (0, 0, 0, self._prefix - start))
 
         if layer not in self._prefixes:
             pairs = [(r.kv[layer], b) for r, b in self._rows()]
-            self._prefixes[layer] = _Prefix(
+            self._prefixes[layer] = Prefix(
                 keys=torch.stack([padded(kv[0], b) for kv, b in pairs]),
                 values=torch.stack([padded(kv[1], b) for kv, b in pairs]),
                 valid=self._valid,
                 unseen=self._unseen(layer),
+                longest=max(r.length for r in self._recordings),
             )
         return self._prefixes[layer]
 
@@ -343,125 +344,6 @@ def logits_of(model: EditableModel, hidden: Float[Tensor, "... d"]) -> Float[Ten
     head: Tensor = model.model.get_output_embeddings()(model.family.final_norm_of(model.model)(hidden))
     cap = getattr(model.family.decoder_of(model.model).config, "final_logit_softcapping", None)
     return head.float() if cap is None else ((head / cap).tanh() * cap).float()
-
-
-@dataclass(frozen=True, slots=True)
-class _Prefix:
-    keys: Float[Tensor, "rows kv_heads prefix h"]
-    values: Float[Tensor, "rows kv_heads prefix h"]
-    valid: Bool[Tensor, "rows prefix"] | None
-    unseen: Bool[Tensor, "rows suffix tokens"] | None
-    blocked: Bool[Tensor, "rows suffix tokens"] | None = None
-
-    def hidden(self, suffix: int) -> Bool[Tensor, "rows suffix tokens"]:
-        """What each token of a suffix of so many may not attend to, but for what is `blocked`."""
-        if self.unseen is not None:
-            return self.unseen
-        prefix = self.keys.shape[2]
-        later = torch.ones(suffix, prefix + suffix, dtype=torch.bool, device=self.keys.device).triu(prefix + 1)[None]
-        return later if self.valid is None else later | nn.functional.pad(~self.valid, (0, suffix))[:, None]
-
-
-_PREFIX: ContextVar[_Prefix] = ContextVar("prefix")
-
-
-class _SharedPrefix:
-    """Stands where a layer expects its cache: the suffix's own keys and values, unchanged."""
-
-    def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        return keys, values
-
-
-class _JoinedPrefix:
-    """The same for layers whose attention is their own alone: the prefix is copied to every row."""
-
-    def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
-        prefix = _PREFIX.get()
-        before = (x.expand(len(keys), -1, -1, -1) for x in (prefix.keys, prefix.values))
-        joined = [torch.cat(parts, dim=2) for parts in zip(before, (keys, values), strict=True)]
-        return joined[0], joined[1]
-
-
-def _shares(model: EditableModel) -> bool:
-    """Whether the decoder's layers attend through the interface that `_prefixed_attention` is registered with."""
-    return bool(getattr(model.family.decoder_of(model.model), "_supports_attention_backend", False))
-
-
-def _prefixed_attention(
-    module: nn.Module,
-    query: Float[Tensor, "rows heads suffix h"],
-    key: Float[Tensor, "rows kv_heads suffix h"],
-    value: Float[Tensor, "rows kv_heads suffix h"],
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    sliding_window: int | None = None,
-    **_: Any,
-) -> tuple[Float[Tensor, "rows suffix heads h"], None]:
-    """Attention over a recorded prefix and the rows' own suffix, in one softmax; causal unless the model hid more.
-
-    A shared prefix is multiplied once with the queries of all rows, and never copied to them.
-    """
-    prefix = _PREFIX.get()
-    heads, suffix, width = query.shape[1:]
-    kv_heads, before = prefix.keys.shape[1], prefix.keys.shape[2]
-    scale = width**-0.5 if scaling is None else scaling
-    grouped = (query * scale).unflatten(1, (kv_heads, heads // kv_heads)).flatten(2, 3)  # rows, kv heads, g·s, h
-    past = _against(grouped, prefix.keys.transpose(-1, -2))
-    own = grouped @ key.transpose(-1, -2)
-    if softcap is not None:
-        past, own = ((x / softcap).tanh() * softcap for x in (past, own))
-    if prefix.unseen is not None:
-        scores = _masked(torch.cat([past, own], dim=-1), prefix.unseen)
-    elif sliding_window is not None and before + suffix > sliding_window:
-        raise ModelError("the model passes its layers no mask for its sliding window; load it with attention 'sdpa'")
-    else:
-        if prefix.valid is not None:
-            past = past.masked_fill(~prefix.valid[:, None, None], -torch.inf)
-        later = torch.ones(suffix, suffix, dtype=torch.bool, device=query.device).triu(1)
-        scores = torch.cat([past, _masked(own, later[None])], dim=-1)
-    if prefix.blocked is not None:
-        scores = _masked(scores, prefix.blocked)
-    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    out = _against(weights[..., :before], prefix.values) + weights[..., before:] @ value
-    joined: Tensor = out.unflatten(2, (-1, suffix)).flatten(1, 2).transpose(1, 2)
-    return joined, None
-
-
-def _masked(
-    scores: Float[Tensor, "rows k gs tokens"], hidden: Bool[Tensor, "rows_or_1 suffix tokens"]
-) -> Float[Tensor, "rows k gs tokens"]:
-    """−∞ where `hidden`, for the queries of every group of heads."""
-    by_group = scores.unflatten(2, (-1, hidden.shape[1]))
-    masked: Tensor = by_group.masked_fill(hidden[:, None, None], -torch.inf).flatten(2, 3)
-    return masked
-
-
-def _against(x: Float[Tensor, "rows k a b"], shared: Float[Tensor, "rows_or_1 k b c"]) -> Float[Tensor, "rows k a c"]:
-    """`x @ shared`, with the rows of x folded into one product where `shared` is the same for all."""
-    if shared.shape[0] != 1 or x.shape[0] == 1:
-        return x @ shared
-    folded = x.transpose(0, 1).flatten(1, 2) @ shared[0]
-    unfolded: Tensor = folded.unflatten(1, (x.shape[0], -1)).transpose(0, 1)
-    return unfolded
-
-
-_NAME = "errata_prefixed"
-AttentionInterface.register(_NAME, _prefixed_attention)
-
-
-@contextmanager
-def _attention_of(model: EditableModel) -> Iterator[None]:
-    """While open, the decoder's layers attend with `_prefixed_attention`."""
-    config = model.family.decoder_of(model.model).config
-    before = config._attn_implementation
-    if _shares(model):
-        config._attn_implementation = _NAME
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
 
 
 @contextmanager

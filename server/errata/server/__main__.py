@@ -124,18 +124,17 @@ def ui(
         place = mlflow_place(_settings(config, data_dir=data_dir))
     if place is None:
         raise typer.Exit(_said('mlflow_uri is "none", so nothing is published'))
-    if place.artifact_root is None and place.uri.startswith(("http://", "https://")):
+    if place.artifact_root is None:
         raise typer.Exit(_said(f"versions are published to {place.uri}, which has pages of its own"))
-    command = mlflow_command(place.uri, str(place.artifact_root or ""), port)
+    command = mlflow_command(place.uri, str(place.artifact_root), port)
     os.execve(command[0], command, {**MLFLOW, **os.environ})
 
 
 def mlflow_command(uri: str, artifacts: str, port: int) -> list[str]:
     """Starts MLflow's server on a database. It answers this machine only, and by this machine's names only."""
-    root = ["--default-artifact-root", artifacts, "--artifacts-destination", artifacts] if artifacts else []
     return [
         *(sys.executable, "-m", "mlflow", "server"),
-        *("--backend-store-uri", uri, *root),
+        *("--backend-store-uri", uri, "--default-artifact-root", artifacts, "--artifacts-destination", artifacts),
         *("--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
         *("--allowed-hosts", f"127.0.0.1:{port},localhost:{port}"),
         *("--cors-allowed-origins", f"http://127.0.0.1:{port},http://localhost:{port}"),

@@ -18,6 +18,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
@@ -182,15 +183,13 @@ class MlflowPlace:
 
 def mlflow_place(settings: Settings) -> MlflowPlace | None:
     """Where versions are published; None where they are not."""
-    match settings.mlflow_uri:
-        case "none":
-            return None
-        case None:
-            folder = settings.data_dir.absolute()
-            uri = URL.create("sqlite", database=str(folder / "mlflow.sqlite")).render_as_string()
-            return MlflowPlace(uri=uri, artifact_root=folder / "mlruns")
-        case uri:
-            return MlflowPlace(uri=uri, artifact_root=None)
+    if settings.mlflow_uri == "none":
+        return None
+    folder = settings.data_dir.absolute()
+    own = URL.create("sqlite", database=str(folder / "mlflow.sqlite")).render_as_string()
+    uri = settings.mlflow_uri or own
+    # Of a database alone MLflow would put them into the working directory.
+    return MlflowPlace(uri=uri, artifact_root=None if urlsplit(uri).scheme in ("http", "https") else folder / "mlruns")
 
 
 class Server:

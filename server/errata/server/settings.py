@@ -105,7 +105,7 @@ class Settings(BaseSettings):
     ledger_url: SecretStr | None = None
     """None: SQLite in `data_dir`, migrated by the server itself."""
     mlflow_uri: str | None = None
-    """None: SQLite and a folder in `data_dir`. "none": no MLflow."""
+    """None: SQLite in `data_dir`. "none": no MLflow. What belongs to a database's runs is kept in `data_dir`, too."""
     metrics_port: int | None = Field(default=None, ge=0, le=65535)
     """Prometheus; None: not served."""
     tls_certificate: FilePath | None = None

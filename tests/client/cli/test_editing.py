@@ -153,7 +153,7 @@ def test_checks_pass_and_fail(errata: Run, corrected: str, tmp_path: Path) -> No
         (("show", "atlas@999"), "has no version 999; errata log lists those there are"),
         (("show", "elsewhere@1"), "elsewhere"),
         (("rollback", "atlas@nobody"), "nobody"),
-        (("squash", "atlas@0"), "atlas@0 is where the chain begins; name a later version"),
+        (("squash", "atlas@0"), "both ends of the chain are atlas@0; give a later one, or --on an earlier"),
         (("revert", "atlas@0", "--on", "atlas@0"), "base"),
         (("rebase", "atlas@0", "--on", "atlas@0"), "atlas"),
     ],

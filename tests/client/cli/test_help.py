@@ -9,7 +9,7 @@ from errata.client.cli.app import build, release
 COMMANDS = sorted(get_command(build()).commands)  # type: ignore[attr-defined]
 WANTED = (
     "ask audit bisect check cherry-pick compose dataset delete demo diff edit eval export import log measure models "
-    "promote rebase revert rollback show squash trace up"
+    "promote rebase revert rollback show squash study trace up"
 )
 
 

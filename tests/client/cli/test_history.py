@@ -188,7 +188,7 @@ def test_a_log_asks_for_no_more_pages_than_it_shows(run: Run, server: str, fake:
 def test_the_two_ends_of_a_squash_are_two_versions(errata: Run, chain: list[str]) -> None:
     ran = errata("squash", chain[0], "--on", chain[0])
     assert ran.code == 2
-    assert f"both ends of the chain are {chain[0]}; name an earlier version by --on" in ran.err
+    assert f"both ends of the chain are {chain[0]}; give a later one, or --on an earlier" in ran.err
 
 
 def test_a_revert_of_the_newest_edit_says_that_it_is_gone(errata: Run, chain: list[str]) -> None:

@@ -220,7 +220,9 @@ def test_what_cannot_be_published_registers_nothing(house: House, damage: str) -
     error: type[Exception] = NotFoundError
     registry = house.registry()
     if damage == "model":
-        registry = Registry(house.uri, bases={}, deltas=house.deltas, artifacts=house.artifacts)
+        registry = Registry(
+            house.uri, bases={}, deltas=house.deltas, artifacts=house.artifacts, artifact_root=house.root
+        )
     elif damage == "delta":
         folder = house.deltas.folder(edited.version.delta_sha256)
         (folder / "adapter_model.safetensors").write_bytes(b"damaged")

@@ -6,7 +6,9 @@ import pytest
 from typer.testing import CliRunner
 
 from errata.server.__main__ import cli, mlflow_command
+from errata.server.app import mlflow_place
 from errata.server.ledger.ledger import Ledger
+from errata.server.settings import Settings
 
 
 @pytest.fixture
@@ -78,3 +80,13 @@ def test_a_server_without_mlflow_has_no_pages(data: Path, monkeypatch: pytest.Mo
     code, said = run("ui")
     assert code == 1
     assert "nothing is published" in said
+
+
+def test_what_a_database_of_mlflows_refers_to_is_kept_with_the_servers_own_data(tmp_path: Path) -> None:
+    for uri in (None, "sqlite:////elsewhere/mlflow.sqlite", "postgresql://mlflow@db/mlflow"):
+        place = mlflow_place(Settings(data_dir=tmp_path, mlflow_uri=uri))
+        assert place is not None
+        assert place.artifact_root == tmp_path / "mlruns"
+    remote = mlflow_place(Settings(data_dir=tmp_path, mlflow_uri="https://mlflow.example.org"))
+    assert remote is not None
+    assert remote.artifact_root is None

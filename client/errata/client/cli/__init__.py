@@ -1,6 +1,7 @@
 """The command `errata`: everything of the client in a shell. Needs the extra `cli`; the client never imports it.
 
-Exit codes: 0 done; 1 the answer is no (rejected, regressed, in conflict); 2 it could not be done; 130 interrupted.
+Exit codes: 0 done; 1 the answer is no (rejected, regressed, in conflict); 2 it could not be done; 130 interrupted;
+141 nobody read on.
 Results go to stdout, everything else to stderr.
 """
 

@@ -17,7 +17,7 @@ from errata.client.cli.session import add, add_root
 
 _GROUPS = {
     "ask": ("models", "ask", "trace", "measure", "edit", "eval", "check", "dataset"),
-    "serve": ("promote", "rollback", "delete", "export", "import", "up", "demo"),
+    "serve": ("promote", "rollback", "delete", "export", "import", "up", "demo", "study"),
     "history": ("log", "show", "diff", "bisect", "audit"),
     "combine": ("revert", "compose", "cherry-pick", "rebase", "squash"),
 }
@@ -53,6 +53,7 @@ def build() -> typer.Typer:
     add(app, "squash", deriving.squash, "errata squash atlas@10 --on atlas@0")
     add(app, "up", local.up, "errata up --data-dir errata-data")
     add(app, "demo", local.demo, "errata demo")
+    add(app, "study", local.study, "errata study run examples/studies/atlas.yaml --out atlas-study --jobs 2")
     return app
 
 
@@ -96,4 +97,4 @@ _TRACE = 'errata trace "Capital of Norway?" --constraint Norway --substitute Per
 _MEASURE = "errata measure knockout --file questions.yaml --out figures"
 _EDIT = 'errata edit "Capital of Burundi?" --constraint Burundi --target Gitega'
 _HELP = "Correct what a model believes; keep every correction, and undo any of them."
-_EPILOG = "Exit codes: 0 done; 1 the answer is no (rejected, regressed); 2 not done."
+_EPILOG = "Exit codes: 0 done; 1 the answer is no; 2 could not be done; 130 interrupted."

@@ -141,7 +141,7 @@ def squash(
     tip = session.version(version)
     parent = _parent(session, on, tip, "@0")
     if full_name(parent) == full_name(tip):
-        raise UsageError(f"both ends of the chain are {short(full_name(tip))}; name an earlier version by --on")
+        raise UsageError(f"both ends of the chain are {short(full_name(tip))}; give a later one, or --on an earlier")
     asked = session.client.squash(parent, tip, resolve=resolve, **options)
     show_derivation(session, asked)
 

@@ -1,4 +1,4 @@
-"""What runs on this machine: a server with MLflow's pages, and the demo. Both are child processes."""
+"""What runs on this machine: a server with MLflow's pages, the demo, studies. All are child processes."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -68,6 +68,27 @@ def demo(
         raise typer.Exit(UNDONE)
 
 
+def study(
+    session: Session,
+    action: Annotated[Literal["run", "plan"], typer.Argument(metavar="ACTION", help="run; or plan: list its cells.")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The study; examples/studies/atlas.yaml is one.")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where results are kept; a rerun goes on there.")],
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that measure at once.")] = 1,
+    mlflow: Annotated[str | None, typer.Option(metavar="URI", help="By default a database in FOLDER.")] = None,
+) -> None:
+    """Run a file of measurements on this machine: figures, a page, an MLflow experiment.
+
+    Needs pip install 'errata[server]'. A study that was stopped goes on.
+    """
+    _require_server()
+    options = ["--jobs", str(jobs), *(["--mlflow", mlflow] if mlflow else [])] if action == "run" else []
+    command = [sys.executable, "-m", "errata.server", "study", action, str(file), "--out", str(out), *options]
+    with _running(command, stdout=None, stop=signal.SIGINT) as process:
+        status = process.wait()
+    if status:
+        raise typer.Exit(UNDONE)
+
+
 def _require_server() -> None:
     missing = [name for name in _SERVER if find_spec(name) is None]
     if missing:
@@ -92,14 +113,16 @@ def _child(module: Sequence[str], *, stdout: int) -> Iterator["subprocess.Popen[
 
 
 @contextmanager
-def _running(command: Sequence[str], *, stdout: int | None) -> Iterator["subprocess.Popen[str]"]:
+def _running(
+    command: Sequence[str], *, stdout: int | None, stop: signal.Signals = signal.SIGTERM
+) -> Iterator["subprocess.Popen[str]"]:
     """A child of its own process group, so that Ctrl-C reaches it through us, once; asked to end on the way out."""
     process = subprocess.Popen(command, stdout=stdout, text=True, start_new_session=True)
     try:
         yield process
     finally:
         if process.poll() is None:
-            os.killpg(process.pid, signal.SIGTERM)
+            os.killpg(process.pid, stop)
             try:
                 process.wait(_SECONDS)
             except subprocess.TimeoutExpired:

@@ -33,15 +33,14 @@ FAMILIES: tuple[ModelFamily, ...] = (
 
 
 def family_of(model: PreTrainedModel) -> ModelFamily:
-    """The family whose architectures include this model's class, or that its structure shows.
+    """The family whose architectures include this model's class and whose parts it has, or that its structure shows.
 
     Raises UnknownFamilyError with what was found and the architectures that are known.
     """
     name = type(model).__name__
     for family in FAMILIES:
-        if name in family.architectures:
-            if missing := family.missing_in(model):
-                raise UnknownFamilyError(f"this {name} is not built like others of its name: {missing}")
+        # One architecture can have text decoders of several kinds.
+        if name in family.architectures and family.fits(model):
             return family
     try:
         return family_by_structure(model)
@@ -53,7 +52,7 @@ def unknown(architecture: str, found: str) -> UnknownFamilyError:
     """The error for an architecture that no family names; `found` says why its structure does not help."""
     known = ", ".join(a for f in FAMILIES for a in f.architectures)
     return UnknownFamilyError(
-        f"no model family knows the architecture {architecture!r}, and its structure does not show one: {found}. "
+        f"no model family fits the architecture {architecture!r}, and its structure does not show one: {found}. "
         f"Supported are {known}. A new family is one short file beside errata/editor/families/llama.py"
     )
 

@@ -46,16 +46,16 @@ class ModelFamily:
         """The norm between the last layer and the head."""
         return self.decoder_of(model).get_submodule(self.final_norm)
 
-    def missing_in(self, model: PreTrainedModel) -> str | None:
-        """The first part that a model lacks where this family says it is; None if it has them all."""
+    def fits(self, model: PreTrainedModel) -> bool:
+        """Whether a model has all parts where this family says they are."""
         try:
             self.final_norm_of(model)
             for layer in self.layers_of(model):
                 for part in (self.attention, self.attention_output, self.mlp, self.down_projection):
                     layer.get_submodule(part)
-        except AttributeError as error:
-            return str(error)
-        return None
+        except AttributeError:
+            return False
+        return True
 
     def normed_mlp(self, model: PreTrainedModel) -> bool:
         """Whether the MLP's output joins the residual stream through a norm, so that no value adds to another."""

@@ -3,7 +3,7 @@
 LlavaForConditionalGeneration
 ├── model
 │   ├── vision_tower, multi_modal_projector
-│   └── language_model        as Llama's `model`
+│   └── language_model        as Llama's `model`, or as Gemma's
 └── lm_head
 
 The processor expands the placeholder of each image to as many image tokens as the tower makes of it.
@@ -22,5 +22,6 @@ LLAVA = replace(
         "InternVLForConditionalGeneration",
     ),
     decoder="model.language_model",
+    mlp_norm="post_feedforward_layernorm",
     image_token="image_token_id",
 )

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from pathlib import Path
 
 from jinja2 import ChoiceLoader, PackageLoader
@@ -20,18 +19,17 @@ NOT_RUN = "it has not been run"
 def write_page(study: Study, cells: Sequence[Cell], failed: dict[str, str], place: Place) -> None:
     """Writes the page whole or not at all. `failed` are reasons by the cells' ids."""
     ordered = sorted(cells, key=lambda cell: list(study.measurements).index(cell.measurement_name))
-    finished = {cell.id for cell in cells if place.has(cell.id)}
+    finished = [cell for cell in ordered if place.has(cell.id)]
     own = environment()
     own.loader = ChoiceLoader([PackageLoader("errata.server.studies", "."), *filter(None, [own.loader])])
     template = own.get_template("study.html.j2")
-    by_measurement = groupby(ordered, key=lambda cell: cell.measurement_name)
     parts = template.generate(
         study=study,
         cells=len(cells),
         done=len(finished),
-        failures=[(c.label, failed.get(c.id, NOT_RUN)) for c in ordered if c.id not in finished],
-        contents=[(name, [(c, c.id in finished) for c in of]) for name, of in by_measurement],
-        sections=_sections([c for c in ordered if c.id in finished], place),
+        failures=[(cell.label, failed.get(cell.id, NOT_RUN)) for cell in ordered if cell not in finished],
+        contents=finished,
+        sections=_sections(finished, place),
         counted=counted,
     )
     _write(place.page, parts)

@@ -1,0 +1,144 @@
+"""Attention over a recorded prefix and a run's own suffix, in place of the attention of a decoder's layers.
+
+The prefix of the moment is in `PREFIX`; a layer's own arithmetic is left to the layer. Knows nothing about recordings.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from errata.editor.errors import ModelError
+from errata.editor.model import EditableModel
+
+
+@dataclass(frozen=True, slots=True)
+class Prefix:
+    """The keys and values that stand before each row's suffix, padded, and what may not be attended to.
+
+    `valid` says which of them are a row's own, None where all are; `unseen` what the model's mask hides of prefix and
+    suffix, None for plain causal attention; `blocked` what is hidden besides. The longest row has `longest` tokens.
+    """
+
+    keys: Float[Tensor, "rows kv_heads prefix h"]
+    values: Float[Tensor, "rows kv_heads prefix h"]
+    valid: Bool[Tensor, "rows prefix"] | None
+    unseen: Bool[Tensor, "rows suffix tokens"] | None
+    longest: int
+    blocked: Bool[Tensor, "rows suffix tokens"] | None = None
+
+    def hidden(self, suffix: int) -> Bool[Tensor, "rows suffix tokens"]:
+        """What each token of a suffix of so many may not attend to, but for what is `blocked`."""
+        if self.unseen is not None:
+            return self.unseen
+        prefix = self.keys.shape[2]
+        later = torch.ones(suffix, prefix + suffix, dtype=torch.bool, device=self.keys.device).triu(prefix + 1)[None]
+        return later if self.valid is None else later | nn.functional.pad(~self.valid, (0, suffix))[:, None]
+
+
+PREFIX: ContextVar[Prefix] = ContextVar("prefix")
+
+
+class SharedPrefix:
+    """Stands where a layer expects its cache: the suffix's own keys and values, unchanged."""
+
+    def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        return keys, values
+
+
+class JoinedPrefix:
+    """The same for layers whose attention is their own alone: the prefix is copied to every row."""
+
+    def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        prefix = PREFIX.get()
+        before = (x.expand(len(keys), -1, -1, -1) for x in (prefix.keys, prefix.values))
+        joined = [torch.cat(parts, dim=2) for parts in zip(before, (keys, values), strict=True)]
+        return joined[0], joined[1]
+
+
+def shares_prefix(model: EditableModel) -> bool:
+    """Whether the decoder's layers attend through the interface that `_prefixed_attention` is registered with."""
+    return bool(getattr(model.family.decoder_of(model.model), "_supports_attention_backend", False))
+
+
+def _prefixed_attention(
+    module: nn.Module,
+    query: Float[Tensor, "rows heads suffix h"],
+    key: Float[Tensor, "rows kv_heads suffix h"],
+    value: Float[Tensor, "rows kv_heads suffix h"],
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    sliding_window: int | None = None,
+    **_: Any,
+) -> tuple[Float[Tensor, "rows suffix heads h"], None]:
+    """Attention over a recorded prefix and the rows' own suffix, in one softmax; causal unless the model hid more.
+
+    A shared prefix is multiplied once with the queries of all rows, and never copied to them.
+    """
+    prefix = PREFIX.get()
+    heads, suffix, width = query.shape[1:]
+    kv_heads, before = prefix.keys.shape[1], prefix.keys.shape[2]
+    scale = width**-0.5 if scaling is None else scaling
+    grouped = (query * scale).unflatten(1, (kv_heads, heads // kv_heads)).flatten(2, 3)  # rows, kv heads, g·s, h
+    past = _against(grouped, prefix.keys.transpose(-1, -2))
+    own = grouped @ key.transpose(-1, -2)
+    if softcap is not None:
+        past, own = ((x / softcap).tanh() * softcap for x in (past, own))
+    if prefix.unseen is not None:
+        scores = _masked(torch.cat([past, own], dim=-1), prefix.unseen)
+    elif sliding_window is not None and prefix.longest > sliding_window:
+        raise ModelError("the model passes its layers no mask for its sliding window; load it with attention 'sdpa'")
+    else:
+        if prefix.valid is not None:
+            past = past.masked_fill(~prefix.valid[:, None, None], -torch.inf)
+        later = torch.ones(suffix, suffix, dtype=torch.bool, device=query.device).triu(1)
+        scores = torch.cat([past, _masked(own, later[None])], dim=-1)
+    if prefix.blocked is not None:
+        scores = _masked(scores, prefix.blocked)
+    weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
+    out = _against(weights[..., :before], prefix.values) + weights[..., before:] @ value
+    joined: Tensor = out.unflatten(2, (-1, suffix)).flatten(1, 2).transpose(1, 2)
+    return joined, None
+
+
+def _masked(
+    scores: Float[Tensor, "rows k gs tokens"], hidden: Bool[Tensor, "rows_or_1 suffix tokens"]
+) -> Float[Tensor, "rows k gs tokens"]:
+    """−∞ where `hidden`, for the queries of every group of heads."""
+    by_group = scores.unflatten(2, (-1, hidden.shape[1]))
+    masked: Tensor = by_group.masked_fill(hidden[:, None, None], -torch.inf).flatten(2, 3)
+    return masked
+
+
+def _against(x: Float[Tensor, "rows k a b"], shared: Float[Tensor, "rows_or_1 k b c"]) -> Float[Tensor, "rows k a c"]:
+    """`x @ shared`, with the rows of x folded into one product where `shared` is the same for all."""
+    if shared.shape[0] != 1 or x.shape[0] == 1:
+        return x @ shared
+    folded = x.transpose(0, 1).flatten(1, 2) @ shared[0]
+    unfolded: Tensor = folded.unflatten(1, (x.shape[0], -1)).transpose(0, 1)
+    return unfolded
+
+
+_NAME = "errata_prefixed"
+AttentionInterface.register(_NAME, _prefixed_attention)
+
+
+@contextmanager
+def prefixed_attention_of(model: EditableModel) -> Iterator[None]:
+    """While open, the decoder's layers attend with `_prefixed_attention`."""
+    config = model.family.decoder_of(model.model).config
+    before = config._attn_implementation
+    if shares_prefix(model):
+        config._attn_implementation = _NAME
+    try:
+        yield
+    finally:
+        config._attn_implementation = before

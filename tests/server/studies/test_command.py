@@ -1,0 +1,79 @@
+"""The command, in processes of its own: killed at any moment it leaves no process behind, and goes on when run again."""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from desk import ENTRY, Desk
+
+_SECONDS = 120
+
+
+def command(desk: Desk, *arguments: str) -> "subprocess.Popen[str]":
+    called = [sys.executable, "-m", "errata.server", "study", *arguments, str(desk.file), "--out", str(desk.out)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen(
+        called, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+
+
+def children(pid: int) -> list[int]:
+    return [int(each) for each in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def ends(pidfd: int) -> bool:
+    """Whether a process ends in time."""
+    return bool(select.select([pidfd], [], [], _SECONDS)[0])
+
+
+def stopped(desk: Desk, stop: Callable[[int], None]) -> tuple[int, str]:
+    """Runs the study with two processes, stops it when its first cell is finished; its exit code and last words."""
+    running = command(desk, "run", "--jobs", "2")
+    assert running.stderr is not None
+    for line in running.stderr:
+        if " · " in line:
+            break
+    workers = [os.pidfd_open(pid) for pid in children(running.pid)]
+    stop(running.pid)
+    _, said = running.communicate(timeout=_SECONDS)
+    assert len(workers) >= 2
+    assert all(map(ends, workers))
+    return running.returncode, said
+
+
+@pytest.mark.slow
+def test_a_study_that_is_killed_or_interrupted_goes_on_where_it_was(desk: Desk) -> None:
+    data = {str(n): {"path": "flags", "n": n} for n in (1, 2, 3)}
+    desk.write(ENTRY, data=data, seeds=[0, 1])
+    code, _ = stopped(desk, lambda pid: os.kill(pid, signal.SIGKILL))
+    assert code == -signal.SIGKILL
+    killed = desk.finished()
+    assert 1 <= sum(killed.values()) < len(killed) == 12
+    code, said = stopped(desk, lambda pid: os.killpg(pid, signal.SIGINT))
+    assert code == 130
+    assert "the same command goes on" in said
+    interrupted = desk.finished()
+    assert sum(killed.values()) < sum(interrupted.values())
+    last = command(desk, "run")
+    told, _ = last.communicate(timeout=2 * _SECONDS)
+    report = json.loads(told)
+    assert (last.returncode, report["failed"]) == (0, {})
+    assert report["earlier"] == sum(interrupted.values())
+    assert report["earlier"] + report["measured"] == 12
+    assert len(desk.runs()) == 13
+
+
+@pytest.mark.slow
+def test_a_file_with_faults_ends_with_where_they_are(desk: Desk) -> None:
+    desk.write({**ENTRY, "measurement": {}})
+    ran = command(desk, "plan")
+    _, said = ran.communicate(timeout=_SECONDS)
+    assert ran.returncode == 1
+    assert said.splitlines()[-1].startswith("study.yaml:")
+    assert "did you mean 'measurements'?" in said
