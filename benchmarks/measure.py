@@ -7,6 +7,7 @@ by that share; equality is then asserted on what it did. Times are CPU seconds o
 other work does not count.
 """
 
+import ctypes
 import multiprocessing
 import resource
 import time
@@ -114,6 +115,9 @@ def _seconds(run: Callable[[], object]) -> float:
 
 def _alone(run: Callable[[], Numbers]) -> tuple[Numbers, int]:
     """What a run finds in a process of its own, and by how many bytes its memory grows at the peak."""
+
+    # What its parent has freed and kept would hide what a run takes.
+    ctypes.CDLL(None).malloc_trim(0)
 
     def work() -> tuple[Numbers, int]:
         before = _peak_bytes()  # of a fork: what it has of its parent

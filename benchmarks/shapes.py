@@ -1,7 +1,7 @@
 """Untrained models in the shapes of those that are edited, built from a config, with Atlas's tokenizer."""
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -63,12 +63,17 @@ def llama(width: int, layers: int) -> EditableModel:
 
 
 def gpt2(width: int = 768, layers: int = 12, vocabulary: int = 50257) -> EditableModel:
-    """GPT-2 small's shape."""
+    """GPT-2 small's shape. Of its vocabulary it says only what the tokenizer knows."""
+    tokenizer = load_model(ATLAS).tokenizer
     config = GPT2Config(
         n_embd=width, n_layer=layers, n_head=width // 64, vocab_size=vocabulary, initializer_range=0.06,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
-    return _editable(GPT2LMHeadModel, config, load_model(ATLAS).tokenizer)
+    model = _editable(GPT2LMHeadModel, config, tokenizer)
+    with torch.no_grad():
+        model.model.get_input_embeddings().weight[len(cast(Any, tokenizer)) :] = 0
+    return model
 
 
 def picture(model: EditableModel, seed: int) -> Image.Image:

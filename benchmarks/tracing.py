@@ -81,7 +81,6 @@ def case(model: EditableModel, sites: int, asked: str = QUESTION) -> Case:
             Way(name="three full rows a site", run=three, share=share, of_ours=picked, goal=100),
             Way(name="one full row a site", run=one, share=share, of_ours=picked, goal=25),
         ],
-        tolerance=1e-3,
     )
 
 

@@ -91,6 +91,20 @@ def test_each_probe_is_a_test_and_a_failure_says_what_was_asked_wanted_and_answe
     result.stdout.no_fnmatch_line("*Traceback*")
 
 
+def test_an_answer_of_several_lines_is_told_on_one(project: pytest.Pytester, server: str, edited: Fake) -> None:
+    answer = edited._answer
+
+    def raw(request: object, context: grpc.ServicerContext) -> object:
+        said = answer(request, context)
+        said.text = f"{said.text}\n::error::no"
+        return said
+
+    edited._answer = raw  # type: ignore[method-assign,assignment]
+    result = run(project, "-k", "norway", "--errata-baseline", "0", server=server)
+    result.stdout.fnmatch_lines(["  got       Bergen ::error::no"])
+    result.stdout.no_fnmatch_line("::error::*")
+
+
 def test_a_missed_threshold_fails_every_probe_that_missed_it(project: pytest.Pytester, server: str) -> None:
     path = project.path / "facts.errata.yaml"
     path.write_text(CHECKS.replace("0.5", "0.75").replace("unchanged: true", "must_not: Lima"))

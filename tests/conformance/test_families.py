@@ -3,6 +3,7 @@
 One chain of the product per architecture: names → states → trace → statistics → edit → adapter → batch.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +82,7 @@ def test_the_norm_and_the_head_make_the_logits_of_the_last_layers_output(model: 
 
 
 def test_the_decoder_alone_takes_ids_and_positions(model: EditableModel) -> None:
-    row = model.encode(Prompt(text="What is this?"))
+    row = replace(model.encode(Prompt(text="What is this?")), token_types={})  # which are the whole model's
     with torch.no_grad():
         found = model.family.decoder_of(model.model)(
             input_ids=row.ids[None], position_ids=torch.arange(len(row.ids))[None]
@@ -104,12 +105,13 @@ def test_the_down_projections_output_is_the_mlps_and_its_input_the_key(model: Ed
 
 def test_what_stands_before_an_answers_token_is_blind_to_it(model: EditableModel) -> None:
     """Causal attention from the answer on, the one property on which recorded prefixes rest."""
-    row = model.encode(question(model), "Paris Rome Paris")
-    changed = row.ids.clone()
-    changed[-3:] = 40
-    before, after = oracle.logits(model, row), oracle.logits(model, row.replaced(changed))
-    close(after[:-3], before[:-3])
-    assert not torch.allclose(before[-3:], after[-3:])
+    for prompt in (question(model), Prompt(text="What is this?", chat=False)):
+        row = model.encode(prompt, "Paris Rome Paris")
+        changed = row.ids.clone()
+        changed[-3:] = 40
+        before, after = oracle.logits(model, row), oracle.logits(model, row.replaced(changed))
+        close(after[:-3], before[:-3])
+        assert not torch.allclose(before[-3:], after[-3:])
 
 
 def test_the_constraints_tokens_spell_the_constraint(model: EditableModel) -> None:
@@ -136,6 +138,14 @@ def test_a_resumed_run_is_the_full_run(model: EditableModel, layer: int) -> None
     assert len(rows[1].ids) < WINDOW
     starts = [len(rows[0].ids) - 6, len(rows[1].ids) - 1]
     for row, start, found in zip(rows, starts, climbed(model, rows, starts, layer), strict=True):
+        close(found, oracle.logits(model, row)[start:])
+
+
+def test_rows_that_a_window_holds_are_resumed_together_though_their_padding_is_longer(model: EditableModel) -> None:
+    rows = [model.encode(Prompt(text=text, chat=False)) for text in ("a b", "b a")]
+    starts = [1, len(rows[0].ids) - 1]
+    assert max(len(row.ids) for row in rows) < WINDOW
+    for row, start, found in zip(rows, starts, climbed(model, rows, starts, 0), strict=True):
         close(found, oracle.logits(model, row)[start:])
 
 

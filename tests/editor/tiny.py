@@ -58,6 +58,11 @@ def question(model: EditableModel, text: str = "What is the capital of this coun
     return Prompt(text=text, images=() if model.image_token_id is None else (picture(seed),))
 
 
+def said(model: EditableModel, prompt: Prompt) -> str:
+    """What the model says, as the answer to measure: an untrained one never comes to an end by itself."""
+    return model.generate([prompt])[0].text
+
+
 def context(
     model: EditableModel, text: str = "What is the capital of this country?", span: str = "this country", seed: int = 0
 ) -> Context:

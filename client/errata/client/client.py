@@ -495,6 +495,9 @@ class Errata:
     ) -> Operation[Bisection]:
         """Finds the earliest version in the lineage of `bad` that fails a probe. Options: `BisectionOptions`.
 
+        Of n versions after the good one ⌈log₂(n + 2)⌉ are asked at most, 5 for 16; where a probe expects nothing or is
+        `believed`, the good one before them.
+
         >>> edit = client.edit("atlas", [astana]).result()
         >>> probe = Probe("unrelated", "What is the capital of Kazakhstan?")
         >>> client.bisect(edit.version, [probe]).result().first_bad == edit.version

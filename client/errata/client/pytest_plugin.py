@@ -171,7 +171,8 @@ class ProbeItem(pytest.Item):
             ("version", self.asked.names),
             ("at", f"{self.path}:{self.probe.line}"),
         ]
-        said = [f"  {name:8}  {value}" for name, value in rows if value is not None and value != ""]
+        # On one line each: a line of an answer's own could be a command to the CI that reads this.
+        said = [f"  {name:8}  {' '.join(value.split())}" for name, value in rows if value]
         # The first line is what pytest's summary shows.
         return "\n".join([f"{state(outcome)}: {'; '.join(outcome.faults)}", *said])
 

@@ -390,7 +390,7 @@ class Derivation:
     """A version made of versions. What is not known yet is empty or None.
 
     Lists leave conflicts, later edits and reverted probes out. `reverted` are the probes of the edit that a revert
-    took away, beside what the version before that edit answers; they count for no score.
+    took away, beside what the version before that edit answers; they are its scores where no other edit judges it.
     """
 
     name: str
@@ -457,7 +457,10 @@ class BisectionStep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bisection:
-    """A search for the version that broke a probe; `first_bad` is empty until it is found, `steps` in lists."""
+    """A search for the version that broke a probe; `first_bad` is empty until it is found, `steps` in lists.
+
+    `steps` are all that were asked; of `good` and `bad` themselves only what the halves lead to.
+    """
 
     name: str
     good: str

@@ -40,7 +40,7 @@ class Problem:
 class SourceError(ErrataError):
     """A file that cannot be read. One line for each of its `problems`, of which there is at least one."""
 
-    default_reason = "INVALID_FILE"
+    default_reason = "UNREADABLE_FILE"
 
     def __init__(self, problems: Sequence[Problem], *, reason: str = "") -> None:
         super().__init__("\n".join(map(str, problems)), reason=reason)

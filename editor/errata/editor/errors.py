@@ -29,7 +29,12 @@ and clients back to the class.
 
 import math
 from collections.abc import Mapping
-from typing import ClassVar
+from dataclasses import fields
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 class ErrataError(Exception):
@@ -180,12 +185,21 @@ class CancelledError(ErrataError):
     reason = "CANCELLED"
 
 
-def check_numbers(settings: object, *, at_least: Mapping[str, float], above: Mapping[str, float]) -> None:
-    """Raises InvalidInputError unless each named setting is a finite number within its bound; None passes."""
+def check_numbers(settings: "DataclassInstance", *, at_least: Mapping[str, float], above: Mapping[str, float]) -> None:
+    """Raises InvalidInputError unless each named setting is a finite number within its bound, and a whole one where its
+    field is an int; None passes.
+    """
+    whole = {f.name for f in fields(settings) if f.type in (int, int | None)}
     for bounds, inclusive in ((at_least, True), (above, False)):
         for name, bound in bounds.items():
             value = getattr(settings, name)
-            if value is None or (math.isfinite(value) and (value > bound or (inclusive and value == bound))):
+            if value is None:
                 continue
-            word = "at least" if inclusive else "more than"
-            raise InvalidInputError(f"{name} is {value}; give {word} {bound:g}", field=name)
+            kind = Integral if name in whole else Real
+            # True is no 1: whoever gives it means another setting.
+            if isinstance(value, bool) or not isinstance(value, kind):
+                told = "a whole number" if name in whole else "a number"
+                raise InvalidInputError(f"{name} is {value!r}; give {told}", field=name)
+            if not (math.isfinite(value) and (value > bound or (inclusive and value == bound))):
+                word = "at least" if inclusive else "more than"
+                raise InvalidInputError(f"{name} is {value}; give {word} {bound:g}", field=name)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from errata.editor.errors import InvalidInputError, NoCausalSiteError
+from errata.editor.model import EditableModel
 from errata.editor.states import Component
 from errata.editor.trace import AveragedTrace
 
@@ -21,12 +22,22 @@ class LayerChoice:
     total_effect: float
 
 
+MOST_LAYERS = 5
+"""Layers of one edit."""
+
+
+def most_layers(model: EditableModel) -> int:
+    """How many layers one edit may change: one where a norm stands behind the MLPs, as edits do not add up then."""
+    return 1 if model.family.normed_mlp(model.model) else MOST_LAYERS
+
+
 def choose_layers(
-    averaged: AveragedTrace, *, min_share: float = 0.2, near_peak: float = 0.5, most: int = 5
+    averaged: AveragedTrace, *, min_share: float = 0.2, near_peak: float = 0.5, most: int = MOST_LAYERS
 ) -> LayerChoice:
     """The consecutive layers around the peak of the MLP's AIE at the constraint's last token.
 
-    A layer belongs to them while its AIE is at least `near_peak` of the peak's; there are at most `most`. Raises
+    A layer belongs to them while its AIE is at least `near_peak` of the peak's; there are at most `most`
+    (`most_layers` of the model). Raises
     NoCausalSiteError, with the numbers and the sites that do carry the fact, where even the peak restores less than
     `min_share` of the total effect.
     """

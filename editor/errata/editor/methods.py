@@ -190,6 +190,12 @@ def check_settings(model: EditableModel, settings: EditSettings, statistics: Key
     model.check_layers(settings.layers)
     if not settings.layers or list(settings.layers) != sorted(set(settings.layers)):
         raise InvalidInputError(f"layers {settings.layers} must be given once each, in rising order", field="layers")
+    if len(settings.layers) > 1 and model.family.normed_mlp(model.model):
+        raise InvalidInputError(
+            f"{model.name!r} passes what its MLPs put out through a norm, so that edits of several layers do not add "
+            f"up; give one layer instead of {settings.layers}",
+            field="layers",
+        )
     missing = set(settings.layers) - set(statistics.everywhere if statistics else ())
     if missing and settings.method is not Method.MULTEDIT:
         raise InvalidInputError(

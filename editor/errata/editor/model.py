@@ -158,6 +158,8 @@ class EditableModel:
         own = read.characters(prompt.text, self.placeholder, after)
         spans = tuple(_span([own[c] for c in range(a, b) if c in own]) for a, b in offsets)
         images = tuple(self._image_run(ids, offsets, image) for image in read.images)
+        # Without its tokens' types such a model would see the answer from the prompt.
+        types = {"token_type_ids": torch.zeros_like(ids)} if self.family.answer_token_type else {}
         for answer in answers:
             ending = ids[:0] if answer is None else self._answer_ids(read.text, answer, special, prompt.chat)
             self._check_length(prompt, len(ids), len(ending))
@@ -167,7 +169,7 @@ class EditableModel:
                 spans=(*spans, *(None for _ in ending)),
                 images=images,
                 vision=read.vision,
-                token_types=read.token_types,
+                token_types=types | read.token_types,
             )
 
     def encode_at(self, context: Context, answer: str | None = None, *, field: str) -> tuple[Encoded, int]:

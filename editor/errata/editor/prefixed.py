@@ -46,16 +46,18 @@ PREFIX: ContextVar[Prefix] = ContextVar("prefix")
 
 
 class SharedPrefix:
-    """Stands where a layer expects its cache: the suffix's own keys and values, unchanged."""
+    """Stands where a layer expects its cache, and leaves the prefix to the attention, for all rows at once."""
 
     def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """The suffix's own keys and values, unchanged."""
         return keys, values
 
 
 class JoinedPrefix:
-    """The same for layers whose attention is their own alone: the prefix is copied to every row."""
+    """The same for layers whose attention is theirs alone."""
 
     def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
+        """The suffix's own keys and values behind a copy of the prefix in every row."""
         prefix = PREFIX.get()
         before = (x.expand(len(keys), -1, -1, -1) for x in (prefix.keys, prefix.values))
         joined = [torch.cat(parts, dim=2) for parts in zip(before, (keys, values), strict=True)]

@@ -23,6 +23,7 @@ from errata.editor.images import sha256_of
 from errata.editor.model import EditableModel, Encoded, by_length
 from errata.editor.prompts import Prompt
 from errata.editor.requests import Context
+from errata.editor.states import by_row
 from errata.editor.trace import Progress
 
 
@@ -79,7 +80,8 @@ def key_statistics(
     def hook(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             everywhere[layer].add(args[0].flatten(0, -2))
-            sites[layer] |= {i: args[0][n, ends[i]].float().cpu() for n, i in enumerate(rows) if i in ends}
+            keys = by_row(args[0], len(rows))
+            sites[layer] |= {i: keys[n, ends[i]].float().cpu() for n, i in enumerate(rows) if i in ends}
 
         return keep
 

@@ -41,6 +41,7 @@ __all__ = [
     "TraceSettings",
     "average",
     "corrupted_row",
+    "nan_mean",
     "trace",
     "window_of",
 ]
@@ -377,13 +378,13 @@ class AveragedTrace:
 
     def aie(self, component: Component) -> NDArray[np.float64]:
         """The mean over questions, layers × roles."""
-        return _nan_mean(self.samples(component))
+        return nan_mean(self.samples(component))
 
     def spread(self, component: Component) -> NDArray[np.float64]:
         """The standard error of that mean; NaN where fewer than two questions have the role."""
         samples = self.samples(component)
         n = (~np.isnan(samples)).sum(0)
-        variance = _nan_mean((samples - self.aie(component)) ** 2)
+        variance = nan_mean((samples - self.aie(component)) ** 2)
         error: NDArray[np.float64] = np.where(n > 1, np.sqrt(variance / np.maximum(n - 1, 1)), np.nan)
         return error
 
@@ -414,7 +415,8 @@ def _by_role(trace: CausalTrace, component: Component, roles: Sequence[str]) -> 
     return np.stack(columns, axis=1)
 
 
-def _nan_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+def nan_mean(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The mean along the first axis of what is not NaN; NaN where nothing is."""
     n = (~np.isnan(values)).sum(0)
     mean: NDArray[np.float64] = np.where(n > 0, np.nansum(values, 0) / np.maximum(n, 1), np.nan)
     return mean

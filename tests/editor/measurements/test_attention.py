@@ -8,7 +8,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from tiny import ARCHITECTURES, FAMILIES, PATCHES, picture, question, tiny_model, tokenizer
+from tiny import ARCHITECTURES, FAMILIES, PATCHES, picture, question, said, tiny_model, tokenizer
 from torch import Tensor
 from transformers import LlavaConfig, LlavaForConditionalGeneration, MistralConfig
 
@@ -68,7 +68,8 @@ def family_of(model: EditableModel) -> str:
 
 
 def asked(model: EditableModel, text: str = "What is the capital of this country?", seed: int = 0) -> Question:
-    return Question(prompt=question(model, text, seed), constraints=(Constraint(text="this country"),))
+    prompt = question(model, text, seed)
+    return Question(prompt=prompt, constraints=(Constraint(text="this country"),), answer=said(model, prompt))
 
 
 def assert_close(found: Tensor | np.ndarray, expected: Tensor | np.ndarray) -> None:
@@ -198,7 +199,7 @@ def test_a_text_only_question_has_no_flow_from_an_image_and_that_is_said(gpt2: E
     assert result.samples(LAST)
     assert result.skipped == ("image → constraint: 1 question(s) have no such tokens before the target: questions[0]",)
     assert {p.name for p in result.findings().plots} == {"layers_constraint_last", "heads_constraint_last"}
-    with pytest.raises(InvalidInputError, match="no question has the tokens of any flow"):
+    with pytest.raises(InvalidInputError, match="image → constraint: 1 question"):
         measure_attention(gpt2, [asked(gpt2)], AttentionSettings(flows=(IMAGE,)))
 
 
@@ -207,7 +208,7 @@ def test_a_question_answered_wrongly_is_left_out_and_listed(llava: EditableModel
     result = measure_attention(llava, [wrong, asked(llava)])
     assert len(result.questions) == 1
     assert re.match(r"questions\[0\].*something it never says", result.skipped[0])
-    with pytest.raises(InvalidInputError, match="the first left out: questions"):
+    with pytest.raises(InvalidInputError, match=r"no question is left to measure: questions\[0\]"):
         measure_attention(llava, [wrong])
 
 
@@ -242,7 +243,7 @@ def test_findings_show_layers_heads_patches_and_tokens(llava: EditableModel) -> 
 
 def test_images_that_are_no_single_square_of_patches_get_no_overlay_and_that_is_said(llava: EditableModel) -> None:
     prompt = Prompt(text="What is the capital of this country?", images=(picture(0), picture(1)))
-    two = Question(prompt=prompt, constraints=(Constraint(text="this country"),))
+    two = Question(prompt=prompt, constraints=(Constraint(text="this country"),), answer=said(llava, prompt))
     result = measure_attention(llava, [two])
     assert result.samples(IMAGE)[0].by_token.shape == (4, 2 * PATCHES)
     assert result.samples(IMAGE)[0].tokens[PATCHES] == "patch 0, 0 of image 1"

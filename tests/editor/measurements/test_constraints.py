@@ -210,7 +210,7 @@ def test_a_question_is_left_out_where_one_of_its_corruptions_does_not_corrupt(ll
 
 
 def test_a_measurement_of_no_question_is_refused(llama: EditableModel) -> None:
-    with pytest.raises(CorruptionFailedError, match="give at least one"):
+    with pytest.raises(InvalidInputError, match="no question given"):
         measure_constraints(llama, [])
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import picture, question
+from tiny import picture, question, said
 from torch import Tensor
 
 from errata.editor.atlas.hard import DISTORTIONS, hard_questions
@@ -89,7 +89,7 @@ def test_scores_are_the_full_models_contributions_and_probabilities(model: Edita
     found = measure_failure(model, questions, SHORT)
     assert found.right.tolist() == [True, False, True, False]
     flow = "constraint:last"
-    plain = [dataclasses.replace(q, answer=None) for q in questions]
+    plain = [dataclasses.replace(q, answer=said(model, q.prompt)) for q in questions]
     carried = measure_attention(model, plain, AttentionSettings(flows=(flow,))).layers(flow)
     np.testing.assert_allclose(found.contributions, carried, rtol=1e-5)
     np.testing.assert_allclose(found.scores(Predictor.CONTRIBUTION), carried[:, 1:3].mean(1), rtol=1e-5)
@@ -162,7 +162,7 @@ def test_answers_that_are_all_right_or_all_wrong_are_refused(gpt2: EditableModel
 def test_another_flow_can_be_the_predictor(llava: EditableModel, gpt2: EditableModel) -> None:
     settings = dataclasses.replace(SHORT, flow="image:constraint")
     questions = asked(llava)
-    plain = [dataclasses.replace(q, answer=None) for q in questions]
+    plain = [dataclasses.replace(q, answer=said(llava, q.prompt)) for q in questions]
     carried = measure_attention(llava, plain, AttentionSettings(flows=(settings.flow,))).layers(settings.flow)
     np.testing.assert_allclose(measure_failure(llava, questions, settings).contributions, carried, rtol=1e-5)
     with pytest.raises(InvalidInputError, match="no tokens of the flow image → constraint") as error:

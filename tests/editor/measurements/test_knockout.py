@@ -10,7 +10,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from tiny import question
+from tiny import question, said
 
 from errata.editor.atlas.facts import trace_requests
 from errata.editor.checkpoints import load_model
@@ -38,9 +38,10 @@ IMAGE_PAIRS = (
 
 
 def asked(model: EditableModel, text: str = TEXTS[0], seed: int = 0) -> Question:
-    """Without an answer: an untrained model knows none, so what it says is measured."""
+    """An untrained model knows no answer, so what it says is measured."""
     box = None if model.image_token_id is None else Box(left=0.1, top=0.4, right=0.6, bottom=0.7)
-    return Question(prompt=question(model, text, seed), constraints=(Constraint(text="this country"),), box=box)
+    prompt, constraint = question(model, text, seed), Constraint(text="this country")
+    return Question(prompt=prompt, constraints=(constraint,), box=box, answer=said(model, prompt))
 
 
 def masked_probabilities(
@@ -168,7 +169,7 @@ def test_blocked_rows_of_mixed_lengths_equal_the_full_model(model: EditableModel
 
 
 def test_pairs_that_a_prompt_does_not_have_are_left_out_counted_and_listed(model: EditableModel) -> None:
-    alone = Question(prompt=question(model), constraints=(Constraint(text="this country"),))
+    alone = replace(asked(model), box=None)
     pairs = ("box->last", "last->constraint", "constraint->last")
     found = measure_knockout(model, [alone, asked(model), alone], KnockoutSettings(pairs=pairs))
     missing = [0, 2] if model.image_token_id is not None else [0, 1, 2]
@@ -200,7 +201,7 @@ def test_questions_that_are_answered_otherwise_are_listed_and_without_any_other_
         measure_knockout(model, [wrong], settings)
     with pytest.raises(InvalidInputError, match="no question is left to measure: last->constraint left out of 1"):
         measure_knockout(model, [asked(model)], KnockoutSettings(pairs=("last->constraint",)))
-    with pytest.raises(InvalidInputError, match="no question is left to measure: there are none"):
+    with pytest.raises(InvalidInputError, match="no question given"):
         measure_knockout(model, [], settings)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import oracle
 import pytest
 import torch
-from tiny import question
+from tiny import question, said
 
 from errata.editor.atlas.facts import trace_requests
 from errata.editor.checkpoints import load_model
@@ -28,8 +28,8 @@ TEXTS = ("What is this country's capital called?", "Where is this country?", "Wh
 
 def asked(model: EditableModel) -> list[Question]:
     return [
-        Question(prompt=question(model, text, seed), constraints=(Constraint(text="this country"),))
-        for seed, text in enumerate(TEXTS)
+        Question(prompt=prompt, constraints=(Constraint(text="this country"),), answer=said(model, prompt))
+        for prompt in (question(model, text, seed) for seed, text in enumerate(TEXTS))
     ]
 
 
@@ -82,7 +82,7 @@ def test_questions_that_are_answered_otherwise_are_listed_and_without_any_other_
     assert found.skipped[0].startswith("questions[0]: ")
     with pytest.raises(InvalidInputError, match=r"no question is left to measure.*not 'surely not'"):
         measure_lens(model, [wrong])
-    with pytest.raises(InvalidInputError, match="there are none"):
+    with pytest.raises(InvalidInputError, match="no question given"):
         measure_lens(model, [])
 
 

@@ -133,7 +133,7 @@ def test_questions_that_cannot_be_traced_are_named_and_none_left_is_refused(llam
     assert refused.value.field == "questions[0].corruption.word"
     with pytest.raises(CorruptionFailedError, match=r"questions\[0\]: the corruption does not corrupt"):
         measure_windows(llama, [measured], WindowSettings(min_total_effect=1.0))
-    with pytest.raises(CorruptionFailedError, match="give at least one"):
+    with pytest.raises(InvalidInputError, match="no question given"):
         measure_windows(llama, [])
 
 

@@ -16,6 +16,8 @@ _editor = importlib.util.module_from_spec(_spec)
 sys.modules["editor_conftest"] = _editor
 _spec.loader.exec_module(_editor)
 
+sys.path.insert(0, str(Path(__file__).parent))  # `alone` is imported by name
+
 model, llava, llama = _editor.model, _editor.llava, _editor.llama
 
 from errata.editor.delta import Delta  # noqa: E402

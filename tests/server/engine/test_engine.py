@@ -4,11 +4,12 @@ from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 import torch
+from alone import WAIT, StartEngine, alone, prompts_of
 from tiny import picture, question, random_delta
 
 from errata.editor.delta import Delta, applied
 from errata.editor.errors import CancelledError, PromptError
-from errata.editor.model import Answer, EditableModel
+from errata.editor.model import EditableModel
 from errata.editor.prompts import Prompt
 from errata.server.engine import (
     DeadlineExceededError,
@@ -22,10 +23,6 @@ from errata.server.engine import (
 from errata.server.engine.observer import Silent
 from errata.server.errors import BusyError, DrainingError
 
-StartEngine = Callable[..., Engine]
-WAIT = 120
-"""Seconds after which a test that hangs fails."""
-
 
 def lineages_of(model: EditableModel) -> dict[int, list[Delta]]:
     """The base, an edit, an edit of that edit, and another edit of the base, of ranks that pad differently."""
@@ -33,18 +30,6 @@ def lineages_of(model: EditableModel) -> dict[int, list[Delta]]:
         random_delta(model, ranks, seed=i) for i, ranks in enumerate(({1: 1}, {1: 3, 2: 17}, {0: 8, 3: 2}))
     )
     return {0: [], 1: [one], 2: [one, two], 3: [three]}
-
-
-def prompts_of(model: EditableModel) -> list[Prompt]:
-    """Prompts of several lengths, with and without images where the family takes any."""
-    texts = ["What is the capital of this country?", "Rome", "The Space Needle is in the city of", "What is this?"]
-    prompts = [Prompt(text=t) for t in texts]
-    return [question(model, t, seed=i) for i, t in enumerate(texts)] + prompts
-
-
-def alone(model: EditableModel, prompt: Prompt, lineage: Sequence[Delta], max_new_tokens: int) -> Answer:
-    with applied(model, *lineage):
-        return model.generate([prompt], max_new_tokens=max_new_tokens)[0]
 
 
 class Gate(Silent):

@@ -20,7 +20,7 @@ FOUND = measurement_pb2.Findings(
     ],
     numbers=[
         measurement_pb2.MeasuredNumber(name="total effect", value=0.5, unit="probability", n=2, low=0.25, high=0.75),
-        measurement_pb2.MeasuredNumber(name="fall, image->last", value=-12, unit="%", n=2),
+        measurement_pb2.MeasuredNumber(name="fall, image → last", value=-12, unit="%", n=2),
         measurement_pb2.MeasuredNumber(name="correlation", value=float("nan"), n=1),
     ],
     skipped=["questions[1]: 'Where?' is answered 'here', not 'there'"],

@@ -16,7 +16,7 @@ from errata.server.studies.format import read_study
 from errata.server.studies.measuring import Work, measure, open_model
 from errata.server.studies.plan import plan
 from errata.server.studies.results import read_findings
-from errata.server.studies.whole import run_study
+from errata.server.studies.whole import PublishingError, run_study
 
 Finished = tuple[Desk, Report]
 MEASUREMENTS: dict[str, Any] = ENTRY["measurements"]  # type: ignore[assignment]
@@ -197,3 +197,11 @@ def test_a_cell_that_always_dies_fails_and_takes_no_other_with_it(desk: Desk) ->
     report = run_study(desk.file, desk.out, jobs=2, pool=lambda jobs, _stop: Dying(jobs, fatal))
     assert report.failed == {FLOWS: "its process died; it may need more memory than there is"}
     assert desk.finished() == {FLOWS: False, LENS: True}
+
+
+def test_what_mlflow_does_not_take_is_kept_and_told(desk: Desk) -> None:
+    desk.write(ENTRY, measurements={"lens": {"kind": "lens"}})
+    nowhere = f"sqlite:///{desk.root}/flags/0.png/mlflow.sqlite"
+    with pytest.raises(PublishingError, match="run the study again"):
+        run_study(desk.file, desk.out, mlflow=nowhere, pool=threads)
+    assert (desk.finished(), (desk.out / "index.html").is_file()) == ({LENS: True}, True)

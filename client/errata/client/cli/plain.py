@@ -10,8 +10,8 @@ from pathlib import Path
 from errata.client.names import last_part, model_part
 from errata.client.results import JsonValue, MetricScore
 
-_CONTROL = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160)))
-"""What could move a terminal's cursor or change its colours; tabs and line breaks stay."""
+_CONTROL = dict.fromkeys((*range(9), *range(11, 32), *range(127, 160), *range(0x202A, 0x202F), *range(0x2066, 0x206A)))
+"""What could move a terminal's cursor, change its colours, or turn text round; tabs and line breaks stay."""
 
 
 def plain(value: object) -> JsonValue:

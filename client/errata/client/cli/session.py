@@ -154,7 +154,8 @@ def add(app: typer.Typer, name: str, run: Callable[..., None], example: str) -> 
     A parameter that is a dataclass stands for its fields, each an option.
     """
     own = list(inspect.signature(run, eval_str=True).parameters.values())[1:]
-    groups: dict[str, type] = {each.name: each.annotation for each in own if is_dataclass(each.annotation)}
+    kinds = {each.name: each.annotation for each in own}
+    groups = {name: kind for name, kind in kinds.items() if isinstance(kind, type) and is_dataclass(kind)}
     spread = [part for each in own for part in (_fields(each.annotation) if each.name in groups else (each,))]
     shared = [_JSON, *_options(hidden=True)]
 

@@ -44,6 +44,7 @@ def question(record: Record) -> Question:
         constraints=tuple(Constraint(text=span.text, occurrence=span.occurrence) for span in spans),
         corruptions=tuple(_corruption(span) for span in spans) if spans[0].corrupted else (),
         answer=record.answer,
+        kinds=tuple(span.kind for span in spans),
         box=Box(left=record.box[0], top=record.box[1], right=record.box[2], bottom=record.box[3])
         if record.box
         else None,

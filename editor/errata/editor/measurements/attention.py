@@ -7,7 +7,7 @@ all heads. A token's contribution to itself counts where it is in the group.
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from math import isqrt
 
 import numpy as np
@@ -15,27 +15,30 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from PIL import Image
 
-from errata.editor.errors import CancelledError, InvalidInputError
+from errata.editor.errors import CancelledError, InvalidInputError, check_numbers
 from errata.editor.measurements.contributions import Contributions, contributions, output_factors
 from errata.editor.measurements.findings import (
     Findings,
     Grid,
     HeatMap,
-    Line,
     LinePlot,
     Number,
     Overlay,
     Plot,
     Table,
+    described,
 )
 from errata.editor.measurements.flows import Ends, Flow, ends, flow_of
-from errata.editor.measurements.intervals import bootstrap_means, interval
+from errata.editor.measurements.intervals import INTERVAL, extreme, line
 from errata.editor.measurements.positions import seen
 from errata.editor.measurements.questions import Cancelled, Progress, Question, answered
 from errata.editor.model import EditableModel, Encoded, by_length
+from errata.editor.report.wording import counted
 
 _UNIT = "norm"
 """In the residual stream, as the captions say."""
+
+_SUMMED = "Norms in the residual stream, summed over"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,9 +56,7 @@ class AttentionSettings:
     tokens: int = 10
 
     def __post_init__(self) -> None:
-        for name, least in (("batch_size", 1), ("overlays", 0), ("tokens", 0)):
-            if getattr(self, name) < least:
-                raise InvalidInputError(f"{name} is {getattr(self, name)}; give at least {least}", field=name)
+        check_numbers(self, at_least={"batch_size": 1, "overlays": 0, "tokens": 0}, above={})
         if not self.flows or len(set(self.flows)) < len(self.flows):
             raise InvalidInputError("give at least one flow, and none twice", field="flows")
         self.parsed()
@@ -121,18 +122,13 @@ class AttentionResult:
         return Findings(
             kind="attention",
             title="Attention contributions",
-            settings={f.name: said(getattr(self.settings, f.name)) for f in fields(self.settings)},
+            settings=described(self.settings),
             n=len(self.questions),
             numbers=tuple(n for f, flow in flows.items() for n in _numbers(self, f, flow)),
             plots=(*plots, *shown),
             tables=tuple(_tokens_table(self, f, flow) for f, flow in flows.items()),
             skipped=(*self.skipped, *unshown),
         )
-
-
-def said(value: object) -> str:
-    """A setting as text."""
-    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -158,14 +154,12 @@ def measure_attention(
 
     Raises InvalidInputError where no question is left or none has the tokens of any flow, CancelledError.
     """
-    if not questions:
-        raise InvalidInputError("no question given", field="questions")
     kept, skipped = answered(model, questions)
     flows = settings.parsed()
     cases = [_case(model, i, question, answer, flows) for i, question, answer in kept]
     if not any(end.sources for c in cases for end in c.flows):
-        reason = f"the first left out: {skipped[0]}" if skipped else "no question has the tokens of any flow"
-        raise InvalidInputError(f"nothing to measure in {len(questions)} question(s): {reason}", field="questions")
+        reason = "; ".join(_left_out(cases, flows))
+        raise InvalidInputError(f"no question is left to measure: {reason}", field="questions")
     factors = output_factors(model)
     found: dict[int, QuestionAttention] = {}
     for batch in by_length([c.row for c in cases], settings.batch_size):
@@ -199,7 +193,7 @@ def _left_out(cases: Sequence[_Case], flows: Sequence[Flow]) -> list[str]:
         without = [f"questions[{c.index}]" for c in cases if not c.flows[n].sources]
         if without:
             lines.append(
-                f"{flow.label}: {len(without)} question(s) have no such tokens before the target: {', '.join(without)}"
+                f"{flow.label}: {counted(len(without), 'question')} without such tokens before the target: {', '.join(without)}"
             )
     return lines
 
@@ -242,36 +236,12 @@ def _shown(model: EditableModel, image: Image.Image) -> Image.Image:
     return image.crop((round(left * width), round(top * height), round(right * width), round(bottom * height)))
 
 
-def mean_line(label: str, samples: Float[NDArray[np.float64], "questions points"]) -> Line:
-    """The mean over questions with its 95 % bootstrap interval; none for one question."""
-    if len(samples) < 2:
-        return Line(label=label, values=samples.mean(0))
-    low, high = interval(bootstrap_means(samples))
-    return Line(label=label, values=samples.mean(0), low=low, high=high)
-
-
 def _numbers(result: AttentionResult, flow: str, of: Flow) -> tuple[Number, Number]:
-    samples, peak = result.layers(flow), result.peak(flow)
-    n, draws = len(samples), bootstrap_means(samples)
-    layer, there = interval(draws.argmax(1).astype(np.float64)), interval(draws[:, peak])
-    bounds = [(float(low), float(high)) if n > 1 else (None, None) for low, high in (layer, there)]
-    return (
-        Number(
-            name=f"{of.label}: layer that carries most",
-            value=peak,
-            unit="layer",
-            n=n,
-            low=bounds[0][0],
-            high=bounds[0][1],
-        ),
-        Number(
-            name=f"{of.label}: contribution there",
-            value=float(samples[:, peak].mean()),
-            unit=_UNIT,
-            n=n,
-            low=bounds[1][0],
-            high=bounds[1][1],
-        ),
+    return extreme(
+        result.layers(flow),
+        _UNIT,
+        value=f"{of.label}: largest contribution",
+        layer=f"{of.label}: layer of the largest contribution",
     )
 
 
@@ -283,9 +253,8 @@ def _by_layer(result: AttentionResult, flow: str, of: Flow) -> LinePlot:
         x_label="layer",
         y_label=f"contribution ({_UNIT})",
         x=np.arange(samples.shape[1], dtype=np.float64),
-        lines=(mean_line(of.label, samples),),
-        caption=f"norms in the residual stream, summed over heads and tokens; mean of {len(samples)} question(s), "
-        "95 % bootstrap interval",
+        lines=(line(of.label, samples),),
+        caption=f"{_SUMMED} heads and tokens; mean, n = {counted(len(samples), 'question')}; {INTERVAL}",
     )
 
 
@@ -300,7 +269,7 @@ def _by_head(result: AttentionResult, flow: str, of: Flow) -> HeatMap:
         rows=tuple(map(str, range(heads.shape[0]))),
         columns=tuple(map(str, range(heads.shape[1]))),
         grids=(Grid(label=of.label, values=heads),),
-        caption=f"norms in the residual stream, summed over tokens; mean of {len(result.samples(flow))} question(s)",
+        caption=f"{_SUMMED} tokens; mean, n = {counted(len(result.samples(flow)), 'question')}",
     )
 
 
@@ -317,9 +286,8 @@ def _by_image_token(result: AttentionResult, flow: str, of: Flow) -> LinePlot | 
         x_label="image token",
         y_label=f"contribution ({_UNIT})",
         x=np.arange(values.shape[1], dtype=np.float64),
-        lines=(mean_line(f"layer {peak}", values),),
-        caption=f"layer {peak}, norms in the residual stream, summed over heads; mean of {len(samples)} question(s), "
-        "95 % bootstrap interval",
+        lines=(line(f"layer {peak}", values),),
+        caption=f"Layer {peak}. {_SUMMED} heads; mean, n = {counted(len(samples), 'question')}; {INTERVAL}",
     )
 
 
@@ -341,14 +309,14 @@ def _overlays(result: AttentionResult, flows: Mapping[str, Flow]) -> tuple[list[
                     unit=f"contribution ({_UNIT})",
                     image=question.image,
                     patches=patches,
-                    caption=f"{flow.label}, layer {peak}, norms in the residual stream, summed over heads",
+                    caption=f"{flow.label} in layer {peak}, n = 1 question. {_SUMMED} heads",
                 )
             )
     of_image = [f for f, flow in flows.items() if flow.of_image]
     unsquare = sum(not q.side and any(f in q.flows for f in of_image) for q in result.questions)
     if not unsquare:
         return shown, []
-    return shown, [f"overlays: {unsquare} question(s) have no single image of square patches; no overlay is drawn"]
+    return shown, [f"overlays: {counted(unsquare, 'question')} without a single image of square patches; no overlay is drawn"]
 
 
 def _tokens_table(result: AttentionResult, flow: str, of: Flow) -> Table:

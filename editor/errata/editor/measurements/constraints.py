@@ -16,20 +16,16 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
+from errata.editor.datasets.records import Kind
 from errata.editor.errors import CancelledError, CorruptionFailedError, InvalidInputError, check_numbers
-from errata.editor.measurements.effects import causal_layers, described, layer_plot, number, share
-from errata.editor.measurements.findings import Findings, Grid, HeatMap, Line, LinePlot, Plot, Table
+from errata.editor.measurements.effects import causal_layers, check_components, layer_plot, share
+from errata.editor.measurements.findings import Findings, Grid, HeatMap, Line, LinePlot, Plot, Table, described
+from errata.editor.measurements.intervals import number
 from errata.editor.measurements.questions import Cancelled, Progress, Question, answered
 from errata.editor.model import EditableModel
+from errata.editor.report.wording import COMPONENTS, counted
 from errata.editor.states import Component
-from errata.editor.trace import CausalTrace, CleanRun, CorruptedRun
-
-
-class Kind(StrEnum):
-    """What a constraint is: a span that refers to the image, or one in words."""
-
-    VISUAL = "visual"
-    TEXTUAL = "textual"
+from errata.editor.trace import CausalTrace, CleanRun, CorruptedRun, nan_mean
 
 
 class Series(StrEnum):
@@ -63,8 +59,7 @@ class ConstraintSettings:
 
     def __post_init__(self) -> None:
         check_numbers(self, at_least={"window": 1, "max_rows": 1, "min_total_effect": -1}, above={})
-        if not self.components:
-            raise InvalidInputError("no component to restore; give mlp, attention or layer", field="components")
+        check_components(self.components)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,7 +150,7 @@ class ConstraintResult:
         )
         return Findings(
             kind="constraints",
-            title=f"Constraints corrupted alone and together, window of {self.settings.window} layer(s)",
+            title=f"Constraints corrupted alone and together, window of {counted(self.settings.window, 'layer')}",
             settings=described(self.settings),
             n=len({t.index for t in self.traces}),
             numbers=tuple(number(f"total effect, {s.value}", self.totals(s)) for s in self.series),
@@ -171,6 +166,9 @@ class ConstraintResult:
                 found.setdefault(t.index, []).append(t)
         return list(found.values())
 
+    def _counts(self) -> str:
+        return "; ".join(f"{s.value.capitalize()}: n = {counted(len(self._of(s)), 'question')}" for s in self.series)
+
     def _comparison(self, component: Component) -> LinePlot:
         lines = [
             self._line(
@@ -182,12 +180,12 @@ class ConstraintResult:
         if Series.MULTI_ALL in self.series:
             both = self.together(Series.MULTI_ALL, component)
             lines.append(share("all, together", both, self.totals(Series.MULTI_ALL)))
-        return self._plot(f"single_multi_{component.value}", f"{component.value} at the constraint's last token", lines)
+        return self._plot(f"single_multi_{component.value}", f"{COMPONENTS[component]} at the constraint's last token", lines)
 
     def _at_last(self, component: Component) -> LinePlot:
         lines = [self._line(s, component, "last", s.value) for s in self.series]
         return self._plot(
-            f"single_multi_last_{component.value}", f"{component.value} at the prompt's last token", lines
+            f"single_multi_last_{component.value}", f"{COMPONENTS[component]} at the prompt's last token", lines
         )
 
     def _line(self, series: Series, component: Component, role: str, label: str) -> Line | None:
@@ -200,28 +198,28 @@ class ConstraintResult:
             title,
             [line for line in lines if line is not None],
             unit="share of the total effect",
-            caption="; ".join(f"{s.value}: n = {len(self._of(s))}" for s in self.series),
+            caption=self._counts(),
         )
 
     def _roles(self, component: Component) -> HeatMap:
         """Means over the questions that have such a token; a role that none has stays empty."""
-        means = [_mean(self.samples(s, component)) / self.totals(s).mean() for s in self.series]
+        means = [nan_mean(self.samples(s, component)) / self.totals(s).mean() for s in self.series]
         return HeatMap(
             name=f"roles_{component.value}",
-            title=f"{component.value} by layer and token",
+            title=f"{COMPONENTS[component]} by layer and token",
             x_label="layer",
             y_label="token",
             unit="share of the total effect",
             rows=ROLES,
             columns=tuple(str(i) for i in range(means[0].shape[0])),
             grids=tuple(Grid(label=s.value, values=m.T) for s, m in zip(self.series, means, strict=True)),
-            caption="; ".join(f"{s.value}: n = {len(self._of(s))}" for s in self.series) + ".",
+            caption=self._counts(),
         )
 
     def _table(self, component: Component) -> Table:
         return Table(
             name=f"causal_layers_{component.value}",
-            title=f"{component.value}: causal layers",
+            title=f"{COMPONENTS[component]}: causal layers",
             columns=("questions", "token", "best layer", "share of the total effect", "layers that restore half"),
             rows=tuple(row for series in self.series for row in self._rows(series, component)),
         )
@@ -274,7 +272,7 @@ def measure_constraints(
         if progress:
             progress(done + 1, len(kept))
     if not traces:
-        raise CorruptionFailedError(f"no question is left to average; {skipped[0] if skipped else 'give at least one'}")
+        raise CorruptionFailedError(f"no question is left to average: {skipped[0]}")
     return ConstraintResult(settings=settings, traces=tuple(traces), skipped=tuple(skipped))
 
 
@@ -294,7 +292,7 @@ def _traced(
     return [
         ConstraintTrace(
             index=index,
-            kinds=tuple(Kind.VISUAL if i == 0 and question.prompt.images else Kind.TEXTUAL for i in range(n)),
+            kinds=tuple(map(question.kind, range(n))),
             spans=tuple(range(s.start - clean.start, s.stop - clean.start) for s in clean.spans),
             corrupted=chosen,
             trace=clean.trace(run, (settings.window,), max_rows=settings.max_rows, cancelled=cancelled)[0],
@@ -326,9 +324,3 @@ def _corrupted_kinds(series: Series) -> tuple[Kind, ...]:
             return (Kind.TEXTUAL,)
         case Series.MULTI_ALL:
             return (Kind.VISUAL, Kind.TEXTUAL)
-
-
-def _mean(samples: Float[NDArray[np.float64], "questions layers roles"]) -> Float[NDArray[np.float64], "layers roles"]:
-    n = (~np.isnan(samples)).sum(0)
-    mean: NDArray[np.float64] = np.where(n > 0, np.nansum(samples, 0) / np.maximum(n, 1), np.nan)
-    return mean

@@ -4,31 +4,25 @@ Samples are questions × points and hold no NaN: `at_role` leaves out the questi
 """
 
 from collections.abc import Sequence
-from dataclasses import fields
 
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
+from errata.editor.errors import InvalidInputError
 from errata.editor.measurements.findings import Grid, HeatMap, Line, LinePlot, Number
-from errata.editor.measurements.intervals import bootstrap_means, interval
+from errata.editor.measurements.intervals import INTERVAL, bootstrap_means, interval, number
+from errata.editor.report.wording import COMPONENTS, counted
 from errata.editor.states import Component
 from errata.editor.trace import AveragedTrace
 
-INTERVAL = "95 % intervals by bootstrap over questions"
-"""What captions say of the intervals made here."""
 
-
-def line(label: str, samples: Float[NDArray[np.float64], "questions points"]) -> Line:
-    """The mean at each point; with its interval where there are two questions or more."""
-    low, high = interval(bootstrap_means(samples)) if len(samples) > 1 else (None, None)
-    return Line(label=label, values=samples.mean(0), low=low, high=high)
-
-
-def number(name: str, samples: Float[NDArray[np.float64], " questions"], unit: str = "probability") -> Number:
-    """The mean; with its interval where there are two questions or more."""
-    low, high = map(float, interval(bootstrap_means(samples))) if len(samples) > 1 else (None, None)
-    return Number(name=name, value=float(samples.mean()), unit=unit, n=len(samples), low=low, high=high)
+def check_components(components: Sequence[Component]) -> None:
+    """Raises InvalidInputError unless there is a component to restore, and each is given once."""
+    if not components or len(set(components)) < len(components):
+        raise InvalidInputError(
+            "give at least one component to restore, mlp, attention or layer, and none twice", field="components"
+        )
 
 
 def share(
@@ -52,7 +46,7 @@ def layer_plot(name: str, title: str, lines: Sequence[Line], *, unit: str, capti
         y_label=f"average indirect effect ({unit})",
         x=np.arange(len(lines[0].values) if lines else 0, dtype=np.float64),
         lines=tuple(lines),
-        caption=f"{caption}; {INTERVAL}.",
+        caption=f"{caption}; {INTERVAL}",
     )
 
 
@@ -74,8 +68,8 @@ def role_grids(name: str, averaged: AveragedTrace) -> HeatMap:
         unit="probability",
         rows=averaged.roles,
         columns=tuple(str(i) for i in range(averaged.traces[0].restored.shape[1])),
-        grids=tuple(Grid(label=c.value, values=averaged.aie(c).T) for c in averaged.components),
-        caption=f"Mean over {len(averaged.traces)} questions; window of {averaged.window} layer(s).",
+        grids=tuple(Grid(label=COMPONENTS[c], values=averaged.aie(c).T) for c in averaged.components),
+        caption=f"Means, n = {counted(len(averaged.traces), 'question')}; window of {counted(averaged.window, 'layer')}",
     )
 
 
@@ -84,18 +78,3 @@ def at_role(averaged: AveragedTrace, component: Component, role: str) -> Float[N
     samples = averaged.samples(component)[:, :, averaged.roles.index(role)]
     having: NDArray[np.float64] = samples[~np.isnan(samples).any(1)]
     return having
-
-
-def peak(name: str, samples: Float[NDArray[np.float64], "questions layers"]) -> tuple[Number, int]:
-    """The largest mean effect over layers with its interval at that layer, and the layer."""
-    layer = int(np.argmax(samples.mean(0)))
-    return number(f"{name} (layer {layer})", samples[:, layer]), layer
-
-
-def described(settings: object) -> dict[str, str]:
-    """A measurement's settings as text."""
-    found = {}
-    for f in fields(settings):  # type: ignore[arg-type]  # every settings type is a dataclass
-        value = getattr(settings, f.name)
-        found[f.name] = ", ".join(str(v) for v in value) if isinstance(value, Sequence) else str(value)
-    return found

@@ -10,7 +10,7 @@ lower than a right one, a tie counting half.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from math import exp
 
@@ -19,13 +19,12 @@ import torch
 from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 
-from errata.editor.errors import CancelledError, InvalidInputError, TargetError
-from errata.editor.measurements.attention import mean_line, said
+from errata.editor.errors import CancelledError, InvalidInputError, TargetError, check_numbers
 from errata.editor.measurements.contributions import answer_log_probabilities, contributions, output_factors
-from errata.editor.measurements.findings import Findings, Line, LinePlot, Number, Table
+from errata.editor.measurements.findings import Findings, Line, LinePlot, Number, Table, described
 from errata.editor.measurements.flows import Ends, Flow, ends, flow_of
-from errata.editor.measurements.intervals import interval
-from errata.editor.measurements.questions import Cancelled, Progress, Question, gives
+from errata.editor.measurements.intervals import INTERVAL, bounded, interval, line
+from errata.editor.measurements.questions import Cancelled, Progress, Question, asked, gives
 from errata.editor.measurements.roc import GRID, Draws, auroc, roc, stratified
 from errata.editor.model import Answer, EditableModel, Encoded, by_length, same_answer
 from errata.editor.prompts import Prompt
@@ -106,9 +105,8 @@ class FailureSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("max_new_tokens", 1), ("batch_size", 1), ("draws", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise InvalidInputError(f"{name} is {getattr(self, name)}; give at least {least}", field=name)
+        least = {"max_new_tokens": 1, "batch_size": 1, "draws": 1, "seed": 0, "first_layer": 0, "last_layer": 0}
+        check_numbers(self, at_least=least, above={})
         try:
             flow_of(self.flow)
         except InvalidInputError as error:
@@ -166,7 +164,7 @@ class FailureResult:
             kind="failure",
             title="Failure prediction",
             settings={
-                **{f.name: said(getattr(self.settings, f.name)) for f in fields(self.settings)},
+                **described(self.settings),
                 "first_layer": str(self.window.start),
                 "last_layer": str(self.window.stop - 1),
             },
@@ -193,7 +191,7 @@ def measure_failure(
     """
     expected = _expected(questions)
     window = settings.window(model)
-    told = model.generate([q.prompt for q in questions], max_new_tokens=settings.max_new_tokens)
+    told = asked(model, questions, max_new_tokens=settings.max_new_tokens)
     kept, skipped = _kept(model, told, settings)
     right = np.array([gives(questions[i], told[i].text) for i in kept], dtype=bool)
     _check_both(right, skipped)
@@ -284,8 +282,6 @@ def _check_both(right: NDArray[np.bool_], skipped: Sequence[str]) -> None:
 
 
 def _expected(questions: Sequence[Question]) -> tuple[str, ...]:
-    if not questions:
-        raise InvalidInputError("no question given", field="questions")
     for i, question in enumerate(questions):
         if not (question.answer or "").strip():
             raise InvalidInputError(
@@ -298,17 +294,13 @@ def _numbers(result: FailureResult) -> Iterator[Number]:
     n, draws = len(result.right), _draws(result)
     drawn = {p: auroc(result.scores(p), result.right, draws) for p in Predictor}
     for predictor in Predictor:
-        low, high = interval(drawn[predictor])
-        value = result.auroc(predictor)
-        yield Number(name=f"AUROC: {predictor}", value=value, unit="", n=n, low=float(low), high=float(high))
-    low, high = interval(drawn[Predictor.CONFIDENCE] - drawn[Predictor.CONTRIBUTION])
-    yield Number(
-        name="AUROC: confidence minus contribution",
-        value=result.auroc(Predictor.CONFIDENCE) - result.auroc(Predictor.CONTRIBUTION),
-        unit="",
-        n=n,
-        low=float(low),
-        high=float(high),
+        yield bounded(f"AUROC: {predictor}", result.auroc(predictor), "", n, drawn[predictor])
+    yield bounded(
+        "AUROC: confidence minus contribution",
+        result.auroc(Predictor.CONFIDENCE) - result.auroc(Predictor.CONTRIBUTION),
+        "",
+        n,
+        drawn[Predictor.CONFIDENCE] - drawn[Predictor.CONTRIBUTION],
     )
     yield Number(name="wrong answers", value=float((~result.right).mean()), unit="share", n=n)
 
@@ -350,11 +342,11 @@ def _layers_plot(result: FailureResult) -> LinePlot:
         y_label="contribution (norm)",
         x=np.arange(result.contributions.shape[1], dtype=np.float64),
         lines=(
-            mean_line("right answers", result.contributions[result.right]),
-            mean_line("wrong answers", result.contributions[~result.right]),
+            line("right answers", result.contributions[result.right]),
+            line("wrong answers", result.contributions[~result.right]),
         ),
-        caption=f"norms in the residual stream, mean of {right} right and {wrong} wrong answers, 95 % "
-        f"bootstrap intervals; the score is the mean over layers {result.window.start} to {result.window.stop - 1}",
+        caption=f"Norms in the residual stream, mean of {right} right and {wrong} wrong answers; {INTERVAL}; the "
+        f"score is the mean over layers {result.window.start} to {result.window.stop - 1}",
     )
 
 

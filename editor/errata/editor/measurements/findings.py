@@ -5,12 +5,16 @@ intervals, plots and tables. Knows nothing about models; draws nothing (`drawing
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING
 
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 from PIL import Image
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,3 +131,14 @@ class Findings:
     plots: tuple[Plot, ...] = ()
     tables: tuple[Table, ...] = ()
     skipped: tuple[str, ...] = ()
+
+
+def described(settings: "DataclassInstance") -> dict[str, str]:
+    """A measurement's settings as text."""
+    return {f.name: _described(getattr(settings, f.name)) for f in fields(settings)}
+
+
+def _described(value: object) -> str:
+    if value is None or value == ():
+        return "none"
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else str(value)

@@ -21,13 +21,13 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from errata.editor.errors import CancelledError, InvalidInputError
-from errata.editor.measurements.effects import INTERVAL, line
+from errata.editor.errors import CancelledError, InvalidInputError, check_numbers
 from errata.editor.measurements.findings import Findings, LinePlot, Number
-from errata.editor.measurements.intervals import bootstrap_means, interval
+from errata.editor.measurements.intervals import INTERVAL, extreme, line
 from errata.editor.measurements.positions import Pair, positions
 from errata.editor.measurements.questions import Cancelled, Progress, Question, answered
 from errata.editor.model import EditableModel, Encoded
+from errata.editor.report.wording import counted
 from errata.editor.restoring import AnswerReader, Probabilities, window_of
 from errata.editor.states import Recording, Suffix, record
 
@@ -57,14 +57,9 @@ class KnockoutSettings:
     max_rows: int = 256
 
     def __post_init__(self) -> None:
-        if not self.pairs or len(set(self.pairs)) < len(self.pairs):
+        if not self.pairs or len({Pair.parse(p) for p in self.pairs}) < len(self.pairs):
             raise InvalidInputError("give at least one pair, such as image->last, and none twice", field="pairs")
-        for pair in self.pairs:
-            Pair.parse(pair)
-        if self.window < 0:
-            raise InvalidInputError(f"window is {self.window} layers; give 0 or more", field="window")
-        if self.max_rows < 1:
-            raise InvalidInputError(f"max_rows is {self.max_rows}; give at least 1", field="max_rows")
+        check_numbers(self, at_least={"window": 0, "max_rows": 1}, above={})
 
     def layers(self, depth: int) -> int:
         """The window in a model of `depth` layers."""
@@ -118,35 +113,28 @@ class KnockoutResult:
 
     def _plot(self, measured: Mapping[str, Float[NDArray[np.float64], "questions layers"]]) -> LinePlot:
         n = len(self.questions)
+        own = (f"{len(c)} of {Pair.parse(p).label}" for p, c in measured.items() if len(c) < n)
+        fewer = f" ({', '.join(own)})" if any(len(c) < n for c in measured.values()) else ""
         return LinePlot(
             name="knockout",
             title="Attention knockout",
             x_label="layer at the middle of the window",
             y_label="change of p(answer), %",
             x=np.arange(self.blocked.shape[-1], dtype=np.float64),
-            lines=tuple(line(p if len(c) == n else f"{p} (n = {len(c)})", c) for p, c in measured.items()),
+            lines=tuple(line(Pair.parse(p).label, c) for p, c in measured.items()),
             caption=(
                 "Relative change of the whole answer's probability where the positions after the arrow may not attend "
-                f"to those before it in {self.window} layer(s): mean of {n} question(s); {INTERVAL}."
+                f"to those before it in {counted(self.window, 'layer')}: mean, n = {counted(n, 'question')}{fewer}; "
+                f"{INTERVAL}"
             ),
         )
 
 
 def _falls(pair: str, change: Float[NDArray[np.float64], "questions layers"]) -> tuple[Number, Number]:
     """The lowest mean change, with the interval of the mean at that layer; and the layer of the lowest."""
-    mean, draws, n = change.mean(0), bootstrap_means(change), len(change)
-    low, high = interval(draws[:, mean.argmin()])
-    first, last = interval(draws.argmin(1).astype(np.float64))
-    return (
-        Number(name=f"{pair}: lowest change", value=float(mean.min()), unit="%", n=n, low=float(low), high=float(high)),
-        Number(
-            name=f"{pair}: layer of the lowest change",
-            value=float(mean.argmin()),
-            unit="layer",
-            n=n,
-            low=float(first),
-            high=float(last),
-        ),
+    told = Pair.parse(pair).label
+    return extreme(
+        change, "%", value=f"{told}: lowest change", layer=f"{told}: layer of the lowest change", lowest=True
     )
 
 
@@ -183,8 +171,7 @@ def measure_knockout(
             progress(done + 1, len(kept))
     lines = (*skipped, *(_line(pair, reason, of, len(kept)) for (pair, reason), of in left_out.items()))
     if not found:
-        why = lines[0] if lines else "there are none"
-        raise InvalidInputError(f"no question is left to measure: {why}", field="questions")
+        raise InvalidInputError(f"no question is left to measure: {lines[0]}", field="questions")
     texts, answers, cleans, blockeds = zip(*found, strict=True)
     by_layer = np.stack(blockeds)
     return KnockoutResult(
@@ -203,7 +190,7 @@ def measure_knockout(
 
 def _line(pair: str, reason: str, indices: Sequence[int], of: int) -> str:
     listed = ", ".join(map(str, indices))
-    return f"{pair} left out of {len(indices)} of {of} question(s), as {reason}: questions[{listed}]"
+    return f"{Pair.parse(pair).label} left out of {len(indices)} of {counted(of, 'question')}, as {reason}: questions[{listed}]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,12 +13,12 @@ import torch
 from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 
-from errata.editor.errors import CancelledError, InvalidInputError
-from errata.editor.measurements.effects import INTERVAL, line
+from errata.editor.errors import CancelledError, InvalidInputError, check_numbers
 from errata.editor.measurements.findings import Findings, LinePlot, Number, Table
-from errata.editor.measurements.intervals import bootstrap_means, interval
+from errata.editor.measurements.intervals import INTERVAL, bootstrap_means, bounded, line
 from errata.editor.measurements.questions import Cancelled, Progress, Question, answered
 from errata.editor.model import EditableModel, Encoded, by_length
+from errata.editor.report.wording import counted
 from errata.editor.states import Component, logits_of, record
 
 
@@ -29,8 +29,7 @@ class LensSettings:
     max_rows: int = 64
 
     def __post_init__(self) -> None:
-        if self.max_rows < 1:
-            raise InvalidInputError(f"max_rows is {self.max_rows}; give at least 1", field="max_rows")
+        check_numbers(self, at_least={"max_rows": 1}, above={})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +52,7 @@ class LensResult:
     def findings(self) -> Findings:
         """Plots of the probabilities and of the share of questions whose answer leads; the tokens that lead most."""
         n, layers = self.answer.shape
-        over = f"mean of {n} question(s); {INTERVAL}."
+        over = f"mean, n = {counted(n, 'question')}; {INTERVAL}"
         shares = 100 * self.first.astype(np.float64)
         axis, x = "layer", np.arange(layers, dtype=np.float64)
         return Findings(
@@ -88,15 +87,8 @@ class LensResult:
 
     def _leads(self, shares: Float[NDArray[np.float64], "questions layers"]) -> Number:
         """From which layer on the answer leads in at least half of the questions, to the last."""
-        low, high = interval(_half(bootstrap_means(shares)))
-        return Number(
-            name="the answer leads in half of the questions from",
-            value=float(_half(shares.mean(0)[None])[0]),
-            unit="layer",
-            n=len(shares),
-            low=float(low),
-            high=float(high),
-        )
+        value, draws = float(_half(shares.mean(0)[None])[0]), _half(bootstrap_means(shares))
+        return bounded("the answer leads in half of the questions from", value, "layer", len(shares), draws)
 
     def _leaders(self) -> Table:
         rows = []
@@ -127,9 +119,6 @@ def measure_lens(
     Raises InvalidInputError where no question is left to measure, CancelledError.
     """
     kept, skipped = answered(model, questions)
-    if not kept:
-        why = skipped[0] if skipped else "there are none"
-        raise InvalidInputError(f"no question is left to measure: {why}", field="questions")
     rows = [_row(model, i, question, answer) for i, question, answer in kept]
     shape = (len(rows), len(model.layers))
     answer, top, token = np.zeros(shape), np.zeros(shape), np.zeros(shape, dtype=np.int64)

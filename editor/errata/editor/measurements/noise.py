@@ -18,13 +18,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from errata.editor.errors import CancelledError, CorruptionFailedError, InvalidInputError, check_numbers
-from errata.editor.measurements.effects import at_role, described, layer_plot, line, number, peak, role_grids
-from errata.editor.measurements.findings import Findings, Grid, HeatMap
+from errata.editor.measurements.effects import at_role, check_components, layer_plot, role_grids
+from errata.editor.measurements.findings import Findings, Grid, HeatMap, described
+from errata.editor.measurements.intervals import extreme, line, number
 from errata.editor.measurements.questions import Cancelled, Progress, Question, answered
 from errata.editor.model import EditableModel
+from errata.editor.report.wording import COMPONENTS, counted
 from errata.editor.restoring import Probabilities, Restoration, Restorer, window_of
 from errata.editor.states import Component, Suffix, changed_output, record
 from errata.editor.trace import AveragedTrace, CausalTrace, CleanRun, average
+
+_PLACES = {"constraint last": "constraint's last token", "last": "prompt's last token"}
+"""Where effects are shown by layer, by the token's role."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,8 +54,7 @@ class NoiseSettings:
     def __post_init__(self) -> None:
         least = {"draws": 1, "window": 1, "grids": 0, "max_rows": 1, "seed": 0, "min_total_effect": -1}
         check_numbers(self, at_least=least, above={"noise": 0})
-        if not self.components:
-            raise InvalidInputError("no component to restore; give mlp, attention or layer", field="components")
+        check_components(self.components)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,18 +95,23 @@ class NoiseResult:
         averaged = self.average
         plots = []
         numbers = [number("total effect", np.array([t.averaged.total_effect for t in self.traces]))]
-        for role in ("constraint last", "last"):
-            by_layer = {c.value: at_role(averaged, c, role) for c in averaged.components}
-            n = len(by_layer[averaged.components[0].value])
+        for role, place in _PLACES.items():
+            by_layer = {COMPONENTS[c]: at_role(averaged, c, role) for c in averaged.components}
+            n = len(by_layer[COMPONENTS[averaged.components[0]]])
             if n:
-                numbers += [peak(f"AIE of {name}, {role} token", s)[0] for name, s in by_layer.items()]
+                for name, samples in by_layer.items():
+                    told = f"{name} at the {place}"
+                    numbers += extreme(
+                        samples, "probability", value=f"{told}: largest AIE", layer=f"{told}: layer of the largest AIE"
+                    )
                 lines = [line(name, samples) for name, samples in by_layer.items()]
-                name, title = f"aie_{role.replace(' ', '_')}", f"Restored at the {role} token"
-                plots.append(layer_plot(name, title, lines, unit="probability", caption=f"n = {n} questions"))
+                name, caption = f"aie_{role.replace(' ', '_')}", f"n = {counted(n, 'question')}"
+                plots.append(layer_plot(name, f"Restored at the {place}", lines, unit="probability", caption=caption))
         own = tuple(_grid(t, i) for i, t in enumerate(self.traces[: self.settings.grids]))
         return Findings(
             kind="noise",
-            title=f"Causal trace by noise of {self.settings.noise:g} standard deviations, {self.settings.draws} draws",
+            title=f"Causal trace by noise of {self.settings.noise:g} standard deviations, "
+            + counted(self.settings.draws, "draw"),
             settings={**described(self.settings), "standard deviation of the embeddings": f"{self.deviation:.4g}"},
             n=len(self.traces),
             numbers=tuple(numbers),
@@ -131,7 +140,7 @@ def measure_noise(
                 field=f"questions[{i}].constraints",
             )
     kept, skipped = answered(model, questions)
-    deviation = _deviation(model, kept) if kept else 0.0
+    deviation = _deviation(model, kept)
     traces = []
     for done, (i, question, answer) in enumerate(kept):
         if cancelled and cancelled():
@@ -145,7 +154,7 @@ def measure_noise(
         if progress:
             progress(done + 1, len(kept))
     if not traces:
-        raise CorruptionFailedError(f"no question is left to average; {skipped[0] if skipped else 'give at least one'}")
+        raise CorruptionFailedError(f"no question is left to average: {skipped[0]}")
     return NoiseResult(settings=settings, deviation=deviation, traces=tuple(traces), skipped=tuple(skipped))
 
 
@@ -291,7 +300,8 @@ def _grid(found: NoiseTrace, number: int) -> HeatMap:
         unit="probability",
         rows=tuple(f"{t}*" if i in spoilt else t for i, t in enumerate(own.tokens)),
         columns=tuple(str(i) for i in range(own.restored.shape[1])),
-        grids=tuple(Grid(label=c.value, values=own.indirect(c).T) for c in own.components),
-        caption=f"questions[{found.index}]: indirect effects, mean of {len(found.corrupted)} draws; "
-        f"p(answer) {own.clean.whole:.3f} clean, {own.corrupted.whole:.3f} corrupted.",
+        grids=tuple(Grid(label=COMPONENTS[c], values=own.indirect(c).T) for c in own.components),
+        caption=f"questions[{found.index}], n = 1 question: indirect effects, mean of "
+        f"{counted(len(found.corrupted), 'draw')}; p(answer) {own.clean.whole:.3f} clean, "
+        f"{own.corrupted.whole:.3f} corrupted",
     )

@@ -40,6 +40,11 @@ class Pair:
     sources: tuple[Group, ...]
     targets: tuple[Group, ...]
 
+    @property
+    def label(self) -> str:
+        """As a figure says it."""
+        return f"{' + '.join(self.sources)} → {' + '.join(self.targets)}"
+
     @staticmethod
     def parse(text: str) -> "Pair":
         """Of `source->target`, each a group or several joined by `+`. Raises InvalidInputError with the groups."""
@@ -142,7 +147,8 @@ def _touched(low: float, high: float, start: float, stop: float, patches: int) -
     """The patches of one axis, `patches` of them from `start` to `stop`, that low … high overlaps. All are shares."""
     # 0.6 of 5 patches are 3, not 3.0000000000000004.
     a, b = (round((x - start) / (stop - start) * patches, 9) for x in (low, high))
-    return range(max(0, math.floor(a)), min(patches, math.ceil(b)))
+    # A box of no width that a patch begins at is in that patch.
+    return range(max(0, math.floor(a)), min(patches, max(math.ceil(b), math.floor(a) + 1)))
 
 
 def seen(model: EditableModel, size: tuple[int, int]) -> tuple[float, float, float, float]:

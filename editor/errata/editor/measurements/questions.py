@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
-from errata.editor.errors import InvalidInputError
-from errata.editor.model import EditableModel, same_answer
+from errata.editor.datasets.records import Kind
+from errata.editor.errors import ConstraintNotFoundError, InvalidInputError
+from errata.editor.model import Answer, EditableModel, same_answer
 from errata.editor.prompts import Constraint, Prompt
 from errata.editor.trace import Corruption
 
@@ -40,9 +42,10 @@ class Box:
 class Question:
     """A question to measure.
 
-    `constraints` are its spans in any order; where it has a visual one that is the first. `corruptions` say how each
-    of them is made wrong, one a constraint, or none where the measurement corrupts nothing or by noise. `answer` is
-    the right answer; None: what the model says. `box` is the part of the image that holds what is asked about.
+    `constraints` are its spans, in any order but for a visual one, which is the first; none overlap. `corruptions` say
+    how each of them is made wrong, one a constraint, or none where the measurement corrupts nothing or by noise.
+    `answer` is the right answer; None: what the model says. `box` is the part of the image that holds what is asked
+    about. `kinds` say what each constraint refers to; none given: the first one to the image where there is one.
     """
 
     prompt: Prompt
@@ -50,6 +53,7 @@ class Question:
     corruptions: tuple[Corruption, ...] = ()
     answer: str | None = None
     box: Box | None = None
+    kinds: tuple[Kind, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.constraints:
@@ -59,25 +63,73 @@ class Question:
                 f"{len(self.corruptions)} corruption(s) for {len(self.constraints)} constraint(s); give one each",
                 field="corruptions",
             )
+        if self.kinds and len(self.kinds) != len(self.constraints):
+            raise InvalidInputError(
+                f"{len(self.kinds)} kind(s) for {len(self.constraints)} constraint(s); give one each", field="kinds"
+            )
+        for (i, a), (j, b) in combinations(enumerate(map(self._span, self.constraints)), 2):
+            if a[0] < b[1] and b[0] < a[1]:
+                raise InvalidInputError(
+                    f"it overlaps constraints[{i}] in {self.prompt.text!r}; give each word to one of them",
+                    field=f"constraints[{j}]",
+                )
+
+    def kind(self, constraint: int) -> Kind:
+        """What a constraint refers to, by its place."""
+        if self.kinds:
+            return self.kinds[constraint]
+        return Kind.VISUAL if constraint == 0 and self.prompt.images else Kind.TEXTUAL
+
+    def _span(self, constraint: Constraint) -> tuple[int, int]:
+        """Its characters; none where it is not there, which measurements say with the question's number."""
+        try:
+            return constraint.span(self.prompt.text)
+        except ConstraintNotFoundError:
+            return 0, 0
+
+
+def asked(model: EditableModel, questions: Sequence[Question], *, max_new_tokens: int = 16) -> list[Answer]:
+    """What the model says to each. Raises InvalidInputError and its kinds, naming the question that cannot be asked."""
+    if not questions:
+        raise InvalidInputError("no question given", field="questions")
+    try:
+        return model.generate([q.prompt for q in questions], max_new_tokens=max_new_tokens)
+    except InvalidInputError:
+        for i, question in enumerate(questions):
+            try:
+                model.encode(question.prompt)
+            except InvalidInputError as error:
+                raise error.within(f"questions[{i}]") from None
+        raise
 
 
 def answered(model: EditableModel, questions: Sequence[Question]) -> tuple[list[tuple[int, Question, str]], list[str]]:
     """The questions the model answers as they say, each with its index and that answer, and a line for each other.
 
     The papers measure questions that the model answers correctly (Basu et al. 2024, §4; Zhang et al. 2025, §3).
+    Raises InvalidInputError and its kinds for a question that cannot be asked, and where none is left.
     """
-    told = model.generate([q.prompt for q in questions]) if questions else []
     kept, skipped = [], []
-    for i, (question, answer) in enumerate(zip(questions, told, strict=True)):
-        if question.answer is not None and not gives(question, answer.text):
-            skipped.append(
-                f"questions[{i}]: {question.prompt.text!r} is answered {answer.text!r}, not {question.answer!r}"
-            )
-        elif not answer.text.strip():
-            skipped.append(f"questions[{i}]: {question.prompt.text!r} is answered with nothing")
+    for i, (question, answer) in enumerate(zip(questions, asked(model, questions), strict=True)):
+        if reason := _reason(model, question, answer):
+            skipped.append(f"questions[{i}]: {question.prompt.text!r} is answered {reason}")
         else:
             kept.append((i, question, question.answer or answer.text))
+    if not kept:
+        raise InvalidInputError(f"no question is left to measure: {skipped[0]}", field="questions")
     return kept, skipped
+
+
+def _reason(model: EditableModel, question: Question, answer: Answer) -> str:
+    """Why the answer is not measured; nothing where it is."""
+    if question.answer is not None:
+        return "" if gives(question, answer.text) else f"{answer.text!r}, not {question.answer!r}"
+    if not answer.text.strip():
+        return "with nothing"
+    if not answer.finished and question.prompt.chat and getattr(model.processor, "chat_template", None):
+        # `encode` would put an end after it that the model never came to.
+        return f"{answer.text!r}, which goes on; give the answer to measure"
+    return ""
 
 
 def gives(question: Question, told: str) -> bool:

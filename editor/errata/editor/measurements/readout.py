@@ -9,9 +9,9 @@ exactly what an edit wrote there.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -23,10 +23,10 @@ from transformers.pytorch_utils import Conv1D
 from errata.editor.delta import Delta, applied, check_base, check_fit, weight_of
 from errata.editor.errors import CancelledError, InvalidInputError, check_numbers
 from errata.editor.measurements.findings import Findings, Grid, HeatMap, Number, Table
-from errata.editor.measurements.intervals import bootstrap_means, interval
-from errata.editor.measurements.questions import Cancelled, Progress, Question
+from errata.editor.measurements.intervals import number
+from errata.editor.measurements.questions import Cancelled, Progress, Question, asked
 from errata.editor.model import EditableModel, Encoded
-from errata.editor.report.wording import MISSING, plain
+from errata.editor.report.wording import MISSING, counted, plain
 from errata.editor.requests import Context
 from errata.editor.states import Component, record
 
@@ -145,10 +145,10 @@ class ReadoutResult:
         for n, layer in enumerate(self.layers):
             for o, what in enumerate(_OUTPUTS if layer in self.edited else _OUTPUTS[:1]):
                 told = f"rank of the target in the {what} at layer {layer}, geometric mean"
-                found.append(_number(told, "rank", np.log10(self.ranks[:, n, o]), lambda x: 10.0**x))
+                found.append(_geometric(told, "rank", self.ranks[:, n, o]))
             if layer in self.edited:
                 told = f"norm of the written change over the norm of W k at layer {layer}, mean"
-                found.append(_number(told, "ratio", self.shares[:, n]))
+                found.append(number(told, self.shares[:, n], "ratio"))
         return found
 
     def _map(self) -> HeatMap:
@@ -163,7 +163,7 @@ class ReadoutResult:
             columns=tuple(map(str, self.layers)),
             grids=tuple(Grid(label=o, values=np.log10(self.ranks[:, :, n])) for n, o in enumerate(shown)),
             caption=(
-                f"n = {len(self.facts)} questions, the target's first token, at the constraint's last token; 0 is the "
+                f"n = {counted(len(self.facts), 'question')}, the target's first token, at the constraint's last token; 0 is the "
                 f"most promoted of {self.vocabulary} tokens"
             ),
         )
@@ -305,7 +305,7 @@ def _run(
         )
         for r in recorded
     ]
-    answers = model.generate([q.prompt for q in questions], max_new_tokens=settings.max_new_tokens)
+    answers = asked(model, questions, max_new_tokens=settings.max_new_tokens)
     return states, [a.text for a in answers]
 
 
@@ -393,15 +393,8 @@ def _list(promoted: Promoted) -> str:
     return ", ".join(plain(t, 22).strip() or "␣" for t in promoted.tokens)
 
 
-def _number(
-    name: str,
-    unit: str,
-    samples: Float[NDArray[np.float64], " questions"],
-    shown: Callable[[float], float] = float,
-) -> Number:
-    """The mean as it is `shown`, with its 95 % interval by a bootstrap over questions."""
-    low, high = interval(bootstrap_means(samples))
-    mean = float(samples.mean())
-    return Number(
-        name=name, value=shown(mean), unit=unit, n=len(samples), low=shown(float(low)), high=shown(float(high))
-    )
+def _geometric(name: str, unit: str, samples: Float[NDArray[np.float64], " questions"]) -> Number:
+    """The geometric mean."""
+    found = number(name, np.log10(samples), unit)
+    low, high = (None if bound is None else 10.0**bound for bound in (found.low, found.high))
+    return replace(found, value=10.0**found.value, low=low, high=high)

@@ -1,17 +1,17 @@
 """How a layer sweep is made, and what it found: measures of edits by layer, beside the AIE, and their correlation."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 
 from errata.editor.errors import InvalidInputError, check_numbers
-from errata.editor.measurements.findings import Findings, Line, LinePlot, Number, Scatter, Table
+from errata.editor.measurements.findings import Findings, Line, LinePlot, Number, Scatter, Table, described
 from errata.editor.measurements.intervals import bootstrap_means, interval
 from errata.editor.methods import EditSettings, Keys, Method
-from errata.editor.report.wording import MISSING
+from errata.editor.report.wording import MISSING, counted
 from errata.editor.values import ValueSettings
 
 _SHOWN = ("efficacy", "generalization", "specificity")
@@ -135,11 +135,11 @@ class SweepResult:
     def findings(self) -> Findings:
         """The sweep as numbers, a line plot by layer, a scatter plot of efficacy over AIE, and tables."""
         numbers, undefined = self._numbers()
+        ridge = {"ridge": "the method's own"} if self.settings.ridge is None else {}
         return Findings(
             kind="sweep",
             title="Layer sweep: edits at each layer beside the causal trace",
-            settings={f.name: _told(getattr(self.settings, f.name)) for f in fields(SweepSettings)}
-            | {"layers": ", ".join(map(str, self.layers))},
+            settings=described(replace(self.settings, layers=self.layers)) | ridge,
             n=len(self.requests),
             numbers=numbers,
             plots=(self._lines(), self._scatter()),
@@ -165,7 +165,7 @@ class SweepResult:
                 value, low, high = self.correlation(measure, ranks=ranks)
                 told = f"{name} correlation of {measure} with AIE over layers"
                 if np.isnan(value):
-                    undefined.append(f"{told}: undefined over {len(self.layers)} layer(s) with these values")
+                    undefined.append(f"{told}: undefined over {counted(len(self.layers), 'layer')} with these values")
                     continue
                 numbers.append(Number(name=told, value=value, unit="", n=len(self.layers), low=low, high=high))
         best = int(np.argmax(self.mean("efficacy")))
@@ -205,8 +205,8 @@ class SweepResult:
     def _caption(self) -> str:
         how = "one batch of" if self.settings.together else "single edits,"
         return (
-            f"{self.settings.method.value}, {how} n = {len(self.requests)} requests; AIE of n = {len(self.effects)} "
-            f"questions, window {self.window}, total effect {self.total_effect:.2f}; 95 % bootstrap intervals over "
+            f"{self.settings.method.value}, {how} n = {counted(len(self.requests), 'request')}; AIE of n = "
+            f"{counted(len(self.effects), 'question')}, window of {counted(self.window, 'layer')}, total effect {self.total_effect:.2f}; 95 % bootstrap intervals over "
             "requests and over questions"
         )
 
@@ -250,7 +250,3 @@ def _notes(lines: Sequence[str]) -> tuple[Table, ...]:
 
 def _cell(value: float, bounds: Bounds, layer: int) -> str:
     return f"{value:.3f} ({bounds[0][layer]:.3f}–{bounds[1][layer]:.3f})"
-
-
-def _told(value: object) -> str:
-    return "the method's own" if value is None else str(value)

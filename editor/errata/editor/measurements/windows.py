@@ -15,11 +15,12 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from errata.editor.errors import CancelledError, CorruptionFailedError, InvalidInputError, check_numbers
-from errata.editor.measurements.effects import INTERVAL, at_role, causal_layers, described, number
-from errata.editor.measurements.findings import Findings, Grid, HeatMap, Line, LinePlot, Number, Table
-from errata.editor.measurements.intervals import bootstrap_means, interval
+from errata.editor.measurements.effects import at_role, causal_layers, check_components
+from errata.editor.measurements.findings import Findings, Grid, HeatMap, Line, LinePlot, Number, Table, described
+from errata.editor.measurements.intervals import INTERVAL, bootstrap_means, interval, number
 from errata.editor.measurements.questions import Cancelled, Progress, Question, answered
 from errata.editor.model import EditableModel
+from errata.editor.report.wording import COMPONENTS, counted
 from errata.editor.states import Component
 from errata.editor.trace import AveragedTrace, CausalTrace, CleanRun, average
 
@@ -43,12 +44,11 @@ class WindowSettings:
 
     def __post_init__(self) -> None:
         check_numbers(self, at_least={"max_rows": 1, "min_total_effect": -1}, above={})
-        if any(w < 1 for w in self.windows) or len(set(self.windows)) < len(self.windows):
+        if any(type(w) is not int or w < 1 for w in self.windows) or len(set(self.windows)) < len(self.windows):
             raise InvalidInputError(
                 f"the windows {self.windows} are not layers to restore; give each once, at least 1", field="windows"
             )
-        if not self.components:
-            raise InvalidInputError("no component to restore; give mlp, attention or layer", field="components")
+        check_components(self.components)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +79,7 @@ class WindowGroup:
         if len(samples) > 1:
             low, high = interval(bootstrap_means(samples).max(-1) / bootstrap_means(self.totals)[:, None])
         return Line(
-            label=f"{self.label} (n = {self.n})",
+            label=self.label,
             values=samples.mean(0).max(-1) / self.totals.mean(),
             low=low,
             high=high,
@@ -116,7 +116,7 @@ class WindowResult:
                 best = group.best(component)
                 for i in sorted({0, len(self.windows) - 1}):
                     yield Number(
-                        name=f"best layer of {component.value}, window {self.windows[i]}, {group.label}",
+                        name=f"{COMPONENTS[component]}, {group.label}: best layer, window {self.windows[i]}",
                         value=float(best.values[i]),
                         unit="share of the total effect",
                         n=group.n,
@@ -124,29 +124,32 @@ class WindowResult:
                         high=None if best.high is None else float(best.high[i]),
                     )
 
+    def _counts(self) -> str:
+        return "; ".join(f"{g.label}: n = {counted(g.n, 'question')}" for g in self.groups)
+
     def _by_window(self, component: Component) -> LinePlot:
         return LinePlot(
             name=f"windows_{component.value}",
-            title=f"Best layer of {component.value} at the constraint's last token",
+            title=f"{COMPONENTS[component]}: best layer at the constraint's last token",
             x_label="window (layers)",
             y_label="average indirect effect (share of the total effect)",
             x=np.array(self.windows, dtype=np.float64),
             lines=tuple(g.best(component) for g in self.groups),
-            caption=f"The layer is chosen for each window; {INTERVAL}.",
+            caption=f"The layer is chosen for each window; {self._counts()}; {INTERVAL}",
         )
 
     def _by_layer(self, component: Component) -> HeatMap:
         shares = [g.samples(component).mean(0) / g.totals.mean() for g in self.groups]
         return HeatMap(
             name=f"windows_layers_{component.value}",
-            title=f"{component.value} restored at the constraint's last token",
+            title=f"{COMPONENTS[component]} restored at the constraint's last token",
             x_label="layer",
             y_label="window (layers)",
             unit="share of the total effect",
             rows=tuple(str(w) for w in self.windows),
             columns=tuple(str(i) for i in range(shares[0].shape[1])),
             grids=tuple(Grid(label=g.label, values=s) for g, s in zip(self.groups, shares, strict=True)),
-            caption="; ".join(f"{g.label}: n = {g.n}" for g in self.groups) + ".",
+            caption=self._counts(),
         )
 
     def _table(self, component: Component) -> Table:
@@ -169,7 +172,7 @@ class WindowResult:
                 )
         return Table(
             name=f"windows_{component.value}",
-            title=f"{component.value}: by window",
+            title=f"{COMPONENTS[component]} by window",
             columns=("questions", "window", "best layer", "AIE", "share", "layers that restore half"),
             rows=tuple(rows),
         )
@@ -212,7 +215,7 @@ def measure_windows(
             progress(done + 1, len(kept))
     groups = [_group(label, traces) for label, traces in traced.items() if traces]
     if not groups:
-        raise CorruptionFailedError(f"no question is left to average; {skipped[0] if skipped else 'give at least one'}")
+        raise CorruptionFailedError(f"no question is left to average: {skipped[0]}")
     return WindowResult(settings=settings, windows=windows, groups=tuple(groups), skipped=tuple(skipped))
 
 

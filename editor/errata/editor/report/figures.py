@@ -30,7 +30,6 @@ from errata.editor.report.wording import averaged_caption, loss_caption, plain, 
 from errata.editor.states import Component
 from errata.editor.trace import AveragedTrace, CausalTrace
 
-_NAMES = {Component.MLP: "MLP", Component.ATTENTION: "Attention", Component.LAYER: "Whole layer"}
 # By component, whichever of them a trace has.
 _LINES = {c: (COLOURS[i], MARKERS[i]) for i, c in enumerate((Component.MLP, Component.ATTENTION, Component.LAYER))}
 
@@ -86,7 +85,7 @@ def aie_lines(trace: AveragedTrace, role: str = "constraint last", *, caption: b
         layers = np.arange(len(mean)) + 0.09 * (n - (len(trace.components) - 1) / 2)
         axes.errorbar(
             layers, mean, error, color=colour, marker=marker, markersize=4.5, linewidth=1.4, elinewidth=1.1,
-            capsize=2.5, label=_NAMES[component],
+            capsize=2.5, label=COMPONENTS[component],
         )  # fmt: skip
     axes.grid(axis="y", color=RULE, linewidth=0.6)
     axes.legend(frameon=False, fontsize=PAGE.tick)
@@ -137,7 +136,7 @@ def _heatmaps(
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (component, values) in zip(all_axes, panels, strict=True):
         image = axes.imshow(values, norm=norm, cmap=colours, aspect="auto", interpolation="nearest")
-        axes.set_title(_NAMES[component], fontsize=PAGE.label)
+        axes.set_title(COMPONENTS[component], fontsize=PAGE.label)
         whole_numbers(axes, "layer")
         axes.tick_params(labelsize=PAGE.tick, left=axes is all_axes[0])
     # More labels than fit would overlap: every n-th then.

@@ -4,6 +4,7 @@ import math
 
 from errata.editor.evaluation import Metric
 from errata.editor.methods import EditResult
+from errata.editor.states import Component
 from errata.editor.trace import AveragedTrace, CausalTrace
 
 MEANINGS = {
@@ -16,6 +17,9 @@ MEANINGS = {
     Metric.PORTABILITY: "questions whose answers follow from the new facts",
 }
 """What the probes of each metric ask."""
+
+COMPONENTS = {Component.MLP: "MLP", Component.ATTENTION: "Attention", Component.LAYER: "Whole layer"}
+"""What figures call them."""
 
 MISSING = "–"
 """Stands where there is no number."""

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from errata.editor.errors import InvalidInputError, NoCausalSiteError
 from errata.editor.evaluation import Evaluation, ProbeResult, Score
-from errata.editor.localization import choose_layers
+from errata.editor.localization import MOST_LAYERS, choose_layers
 from errata.editor.methods import RIDGES, EditResult, EditSettings, RequestOutcome
 from errata.editor.states import Component
 from errata.editor.trace import AveragedTrace, CausalTrace
@@ -272,8 +272,13 @@ def outcome_message(outcome: RequestOutcome) -> edit_pb2.RequestOutcome:
     )
 
 
-def causal_trace_result(averaged: AveragedTrace, skipped: Sequence[str] = ()) -> trace_pb2.CausalTraceResult:
-    """What a trace's job stores as its result; `skipped` says which questions were left out, one line each."""
+def causal_trace_result(
+    averaged: AveragedTrace, skipped: Sequence[str] = (), *, most: int = MOST_LAYERS
+) -> trace_pb2.CausalTraceResult:
+    """What a trace's job stores as its result; `skipped` says which questions were left out, one line each.
+
+    AUTO would edit `most` layers at most.
+    """
     effects = [t.total_effect for t in averaged.traces]
     result = trace_pb2.CausalTraceResult(
         roles=averaged.roles,
@@ -286,7 +291,7 @@ def causal_trace_result(averaged: AveragedTrace, skipped: Sequence[str] = ()) ->
         skipped=skipped,
     )
     try:
-        result.auto_layers.extend(choose_layers(averaged).layers)
+        result.auto_layers.extend(choose_layers(averaged, most=most).layers)
     except (NoCausalSiteError, InvalidInputError) as error:  # the latter where no MLP was traced
         result.auto_refusal = str(error)
     return result

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from errata.editor.mixed import MixedDeltas, MixedRows, VersionFactors
-from errata.editor.model import EditableModel, Encoded
+from errata.editor.model import EditableModel, Encoded, reading_positions
 from errata.server.engine.sampling import Chooser, RowSampling
 
 _GRAIN = 64
@@ -48,6 +48,8 @@ class Prefilled:
     rows: Sequence[Row]
     chosen: Sequence[Chosen]
     cache: DynamicCache = field(repr=False)
+    ahead: Int[Tensor, " rows"] = field(repr=False)
+    """By how much the next token's position is ahead of how many tokens stand before it: images may count otherwise."""
 
 
 class RunningBatch:
@@ -71,22 +73,29 @@ class RunningBatch:
 
         Takes memory for all of their tokens at once.
         """
-        cache = DynamicCache(config=self._model.model.config.get_text_config())
-        with self._deltas.answering(self._deltas.stacked([r.version for r in rows])):
+        # Not made from the config: a sliding cache drops what a slot keeps.
+        cache = DynamicCache()
+        with (
+            reading_positions(self._model) as read,
+            self._deltas.answering(self._deltas.stacked([r.version for r in rows])),
+        ):
             logits = self._model.model(
                 **self._model.inputs([r.encoded for r in rows]), past_key_values=cache, use_cache=True, logits_to_keep=1
             ).logits[:, -1]
         chooser = Chooser([r.sampling for r in rows], [0] * len(rows), self._model.device)
         _, chosen = _choose(chooser, logits)
+        length = cache.get_seq_length()
         for row in rows:
-            row.length, row.generated = len(row.encoded.ids), 1
-        return Prefilled(rows=rows, chosen=chosen, cache=cache)
+            row.length, row.generated = length, 1
+        return Prefilled(
+            rows=rows, chosen=chosen, cache=cache, ahead=read.ahead(len(rows), length).to(self._model.device)
+        )
 
     def join(self, prefilled: Prefilled, staying: Sequence[int]) -> None:
         """Takes those rows in, by their index among the prefilled, that did not end with their first token."""
         if not staying:
             return
-        self._slots.fill(len(self.rows), prefilled.cache, staying)
+        self._slots.fill(len(self.rows), prefilled, staying)
         first = torch.tensor([prefilled.chosen[i].token for i in staying], device=self._model.device)
         self._tokens = torch.cat([self._tokens, first])
         self.rows += [prefilled.rows[i] for i in staying]
@@ -122,12 +131,12 @@ class RunningBatch:
             self._chooser = Chooser(
                 [r.sampling for r in self.rows], [r.generated for r in self.rows], self._model.device
             )
-        bias = self._slots.advance(len(self.rows), 1 + max(r.length for r in self.rows))
+        mask = self._slots.advance(len(self.rows), 1 + max(r.length for r in self.rows))
         with self._deltas.answering(self._stack):
             logits = self._model.model(
                 input_ids=self._tokens[:, None],
-                position_ids=self._slots.positions[:, None],
-                attention_mask=bias,
+                position_ids=(self._slots.positions + self._slots.ahead)[:, None],
+                attention_mask=mask,
                 past_key_values=self._slots.cache,
                 use_cache=True,
                 logits_to_keep=1,
@@ -155,10 +164,15 @@ class _Slots:
         self._layers = [_SlotLayer() for _ in model.layers]
         self.cache = Cache(layers=list(self._layers))
         self.positions = torch.zeros(0, dtype=torch.long, device=self._device)
+        self.ahead = self.positions
         self._capacity = 0
+        text = model.model.config.get_text_config()
+        self._window: int | None = getattr(text, "sliding_window", None)
+        self._by_layer = "sliding_attention" in (getattr(text, "layer_types", None) or ())
 
-    def fill(self, first: int, cache: DynamicCache, rows: Sequence[int]) -> None:
+    def fill(self, first: int, prefilled: Prefilled, rows: Sequence[int]) -> None:
         """Copies rows of a prompt's cache into the slots from `first` on."""
+        cache = prefilled.cache
         length = cache.get_seq_length()
         self._reserve(first + len(rows), length + 1)
         index = torch.tensor(list(rows), device=self._device)
@@ -167,28 +181,39 @@ class _Slots:
             slots.fill(first, filled, index)
         joined = torch.full((len(rows),), length, dtype=torch.long, device=self._device)
         self.positions = torch.cat([self.positions, joined])
+        self.ahead = torch.cat([self.ahead, prefilled.ahead[index]])
 
     def move(self, source: int, target: int) -> None:
         """Copies a slot over another."""
         for layer in self._layers:
             layer.move(source, target)
-        self.positions[target] = self.positions[source]
+        self.positions[target], self.ahead[target] = self.positions[source], self.ahead[source]
 
     def kept(self, rows: int) -> "_Slots":
         """Itself with all slots but the first forgotten."""
-        self.positions = self.positions[:rows]
+        self.positions, self.ahead = self.positions[:rows], self.ahead[:rows]
         return self
 
-    def advance(self, rows: int, width: int) -> Float[Tensor, "rows 1 1 width"]:
-        """Makes room for one token a row, and gives what is added to its attention: −∞ beyond the row's end."""
+    def advance(
+        self, rows: int, width: int
+    ) -> Float[Tensor, "rows 1 1 width"] | dict[str, Float[Tensor, "rows 1 1 width"]]:
+        """Makes room for one token a row, and gives what is added to its attention: −∞ beyond the row's end.
+
+        And before the window of layers that slide; by their kind where only some do.
+        """
         self._reserve(rows, width)
         columns = torch.arange(width, device=self._device)
         beyond = columns > self.positions[:, None]
         at = torch.arange(rows, device=self._device) * self._capacity + self.positions
         for layer in self._layers:
             layer.at, layer.width = at, width
-        bias = torch.zeros(rows, width, dtype=self._dtype, device=self._device)
-        return bias.masked_fill_(beyond, -torch.inf)[:, None, None]
+        full = torch.zeros(rows, width, dtype=self._dtype, device=self._device)
+        full = full.masked_fill_(beyond, -torch.inf)[:, None, None]
+        if self._window is None or width <= self._window:
+            return full
+        past = columns <= self.positions[:, None] - self._window
+        sliding = full.masked_fill(past[:, None, None], -torch.inf)
+        return {"full_attention": full, "sliding_attention": sliding} if self._by_layer else sliding
 
     def advanced(self) -> None:
         """The token is in."""

@@ -28,15 +28,15 @@ def log_probabilities(
 
     A chunk holds as many answers as fit `max_tokens`, the prompt's repeated for each, and at least one.
     """
-    config = model.model.config.get_text_config()
-    cache = DynamicCache(config=config)
+    # Not made from the config: a sliding cache drops what the answers' tokens see.
+    cache = DynamicCache()
     with deltas.answering(deltas.stacked([version])):
         out = model.model(**model.inputs([prompt]), past_key_values=cache, use_cache=True, logits_to_keep=1)
     first: Tensor = out.logits[0, -1].float().log_softmax(-1)
     size = max(1, max_tokens // (len(prompt.ids) + max(map(len, answers))))
     for start in range(0, len(answers), size):
         chunk = [a.to(model.device) for a in answers[start : start + size]]
-        repeated = _repeated(cache, DynamicCache(config=config), len(chunk))
+        repeated = _repeated(cache, DynamicCache(), len(chunk))
         ids = pad_sequence(chunk, batch_first=True)
         scores = first[ids[:, 0]].double()
         if ids.shape[1] > 1:

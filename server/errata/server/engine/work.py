@@ -1,7 +1,7 @@
 """Requests in flight, as the engine's two threads hand them on. Knows nothing about the threads."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
@@ -43,10 +43,10 @@ class Answering(Work):
     log_probability: float = 0.0
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Tokens and images of the prompt; prompts alike in both are read together."""
+    def shape(self) -> tuple[int, Hashable]:
+        """Prompts of one shape are read together."""
         assert self.row is not None
-        return len(self.row.encoded.ids), len(self.row.encoded.images)
+        return self.row.encoded.shape
 
     def withdrawn(self) -> bool:
         """See Work."""

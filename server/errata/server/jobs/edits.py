@@ -10,7 +10,7 @@ from dataclasses import replace
 from errata.editor.delta import Delta, applied
 from errata.editor.errors import NoCausalSiteError
 from errata.editor.evaluation import Metric, Probe
-from errata.editor.localization import choose_layers
+from errata.editor.localization import choose_layers, most_layers
 from errata.editor.methods import HOLDING, EditSettings, Method, Stage, StageProgress, edit
 from errata.editor.model import EditableModel
 from errata.editor.requests import EditRequest
@@ -123,7 +123,7 @@ class EditWork:
         job.stage("tracing", len(order.requests))
         with applied(model, *parent):
             averaged = trace_edit(model, order.requests, references, progress=job.step, cancelled=job.cancelled)
-        return choose_layers(averaged).layers, averaged
+        return choose_layers(averaged, most=most_layers(model)).layers, averaged
 
     def _traced_layers(self, model: str, trace: str) -> tuple[tuple[int, ...], AveragedTrace]:
         """What a trace found. Raises NoCausalSiteError where that is nothing, MalformedError where it has not ended."""

@@ -6,6 +6,7 @@ import numpy as np
 
 from errata.editor.delta import applied
 from errata.editor.errors import CorruptionFailedError, InvalidInputError
+from errata.editor.localization import most_layers
 from errata.editor.model import EditableModel
 from errata.editor.trace import (
     AveragedTrace,
@@ -40,7 +41,7 @@ class TraceWork:
         with loaded.borrow() as model, job.watching(model), applied(model, *loaded.deltas_of(job.row.version)):
             averaged, skipped = _traced(model, order.questions, order.settings, job)
         job.stage("publish")
-        result = causal_trace_result(averaged, skipped)
+        result = causal_trace_result(averaged, skipped, most=most_layers(loaded.base))
         self._artifacts.write(job.row.id, trace_files(averaged, result))
         self._ledger.finish(job.row.id, JobState.SUCCEEDED, result=result.SerializeToString(deterministic=True))
 

@@ -24,6 +24,8 @@ TAG = "errata.measurement"
 _FOREIGN = re.compile(r"[^\w.\- ]+", re.ASCII)
 """What MLflow takes in no name."""
 
+_ARROW = re.compile("->|→")
+
 _LONGEST_NAME = 240
 
 
@@ -99,7 +101,7 @@ def _row(number: measurement_pb2.MeasuredNumber) -> str:
 
 
 def _name(told: str) -> str:
-    return " ".join(_FOREIGN.sub(" ", told.replace("->", " to ")).split())[:_LONGEST_NAME]
+    return " ".join(_FOREIGN.sub(" ", _ARROW.sub(" to ", told)).split())[:_LONGEST_NAME]
 
 
 def _milliseconds(time: datetime | None) -> int:

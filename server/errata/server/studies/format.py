@@ -6,7 +6,7 @@ Reading finds everything that is wrong before it complains, with file, line and 
 from collections.abc import Iterator, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
@@ -158,7 +158,7 @@ def settings_of(entry: MeasurementEntry, seed: int) -> object:
 
     Raises InvalidInputError for a value out of bounds, ValidationError for one of another type.
     """
-    kind = SETTINGS[entry.kind]
+    kind = cast(type[object], SETTINGS[entry.kind])
     given = dict(entry.settings)
     if seeded(entry):
         given["seed"] = seed
@@ -245,7 +245,7 @@ def _tupled(given: object, *names: str) -> object:
     }
 
 
-_MAPPINGS = {"models": ModelEntry, "data": DataEntry, "measurements": MeasurementEntry}
+_MAPPINGS: Mapping[str, type[BaseModel]] = {"models": ModelEntry, "data": DataEntry, "measurements": MeasurementEntry}
 
 
 def _place(loc: Place) -> Place:
@@ -257,11 +257,7 @@ def _known(loc: Place) -> list[str]:
     """The fields that there are where a part stands."""
     if len(loc) == 1:
         return list(Study.model_fields)
-    entry: type[BaseModel] = _MAPPINGS.get(str(loc[0]), Study)
+    entry = _MAPPINGS.get(str(loc[0]), Study)
     if len(loc) > 3 and loc[2] == "edit":
         entry = EditEntry
     return list(entry.model_fields)
-
-
-ATLAS_DATA = get_args(AtlasData)
-"""The names of Atlas's own data."""

@@ -4,7 +4,7 @@ A cell's run is found by the tag `errata.cell`, its hash; so a study that is pub
 cells that are no longer part of the study stay, with the tag `errata.in_plan` "false".
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -126,7 +126,7 @@ def _end(client: MlflowClient, parent: str, file: Path, planned: int, finished: 
     client.set_terminated(parent, _FINISHED if planned == finished else _FAILED)
 
 
-def _distinct(given: Sequence[Param]) -> list[Param]:
+def _distinct(given: Iterable[Param]) -> list[Param]:
     return list({each.key: each for each in given}.values())
 
 

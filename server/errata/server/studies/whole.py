@@ -8,14 +8,23 @@ from pathlib import Path
 
 from sqlalchemy import URL
 
-from errata.server.studies.format import read_study
+from errata.editor.errors import ErrataError
+from errata.server.studies.format import Study, read_study
 from errata.server.studies.page import write_page
 from errata.server.studies.plan import Cell, plan
 from errata.server.studies.publishing import experiment_name, publish
 from errata.server.studies.results import Place
 from errata.server.studies.running import Outcome, Pool, processes, run
 
+from mlflow.exceptions import MlflowException  # isort: skip  # after the registry's package, which quiets it
+
 _log = logging.getLogger(__name__)
+
+
+class PublishingError(ErrataError):
+    """MLflow did not take what was measured; nothing of that is lost."""
+
+    reason = "NOT_PUBLISHED"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +64,7 @@ def run_study(
     """Runs what is missing of a study, writes its page and publishes it. One at a time in a folder.
 
     `mlflow` is a tracking URI; None: a database in `out`. `told` is called with a line for people now and then.
-    Raises StudyError for a file with faults, ErrataError for models or data that cannot be read, MlflowException, and
+    Raises StudyError for a file with faults, PublishingError, ErrataError for models or data that cannot be read, and
     KeyboardInterrupt: the page is written then, and nothing is published.
     """
     study, place = read_study(file), Place(out=out)
@@ -81,11 +90,21 @@ def run_study(
         page=place.page,
         experiment=experiment_name(study),
         mlflow=uri,
-        run_id=publish(study, file, cells, place, uri),
+        run_id=_published(study, file, cells, place, uri),
         measured=len(missing) - len(failed),
         earlier=len(cells) - len(missing),
         failed={cell.label: failed[cell.id] for cell in cells if cell.id in failed},
     )
+
+
+def _published(study: Study, file: Path, cells: tuple[Cell, ...], place: Place, uri: str) -> str:
+    try:
+        return publish(study, file, cells, place, uri)
+    except (MlflowException, OSError) as error:
+        said = " ".join(str(error).split())
+        raise PublishingError(
+            f"the results are in {str(place.out)!r}, but MLflow cannot take them: {said}; run the study again"
+        ) from error
 
 
 def _database(out: Path) -> str:
