@@ -43,12 +43,19 @@ class Way:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """Ways to the same numbers, Errata's first. `tolerance` is relative to the largest number, `figures` are told."""
+    """Ways to the same numbers, Errata's first.
+
+    `tolerance` is relative to the largest number, `rounds` the most to time, `figures` what else is told. Of cases that
+    show how a cost grows, `axis` is by what and `size` where on it.
+    """
 
     name: str
     about: str
     ways: Sequence[Way]
     tolerance: float = 1e-4
+    rounds: int = 5
+    axis: str = ""
+    size: int = 0
     figures: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -71,7 +78,9 @@ class Result:
     name: str
     about: str
     ways: list[Timed]
-    figures: dict[str, float]
+    figures: dict[str, float] = field(default_factory=dict)
+    axis: str = ""
+    size: int = 0
 
     def ratios(self, way: Timed) -> list[float]:
         """How many times faster Errata was, round by round."""
@@ -94,6 +103,8 @@ def measured(case: Case, rounds: int) -> Result:
         name=case.name,
         about=case.about,
         figures=dict(case.figures),
+        axis=case.axis,
+        size=case.size,
         ways=[
             Timed(name=w.name, seconds=s, peak_bytes=peak, share=w.share, goal=w.goal, error=e)
             for w, s, e, (_, peak) in zip(case.ways, seconds, errors, outcomes, strict=True)

@@ -6,6 +6,7 @@ recorded once and one full row a site, with a hook. Both are timed on sites spre
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -35,18 +36,16 @@ def cases(quick: bool) -> Iterator[Case]:
         yield case(shapes.llava(width, layers), sites=4)
 
 
-def growth(quick: bool) -> Iterator[tuple[str, int, Case]]:
-    """One axis at a time: what grows, its size, and the case."""
-    width = 64 if quick else 256
+def growth(quick: bool) -> Iterator[Case]:
+    """One axis at a time: layers, tokens of the image before the question, tokens that are traced."""
+    width, few, image = (64, 2, 36) if quick else (256, 12, 576)
     for layers in (2, 4) if quick else (8, 16, 24, 32):
-        yield "layers", layers, case(shapes.llava(width, layers, 36 if quick else 576), sites=2)
+        yield replace(case(shapes.llava(width, layers, image), sites=2), axis="layers", size=layers)
     for side in (4, 6) if quick else (6, 12, 24, 36):
-        yield "image tokens", side**2, case(shapes.llava(width, 2 if quick else 12, side**2), sites=2)
+        yield replace(case(shapes.llava(width, few, side**2), sites=2), axis="tokens of the image", size=side**2)
     for repeats in (1, 2) if quick else (1, 2, 4, 8):
-        asked = QUESTION + " Answer in one word." * (repeats - 1)
-        model = shapes.llava(width, 2 if quick else 12, 36 if quick else 576)
-        tokens = len(traced(model, asked))
-        yield "traced tokens", tokens, case(model, sites=2, asked=asked)
+        asked, model = QUESTION + " Answer in one word." * (repeats - 1), shapes.llava(width, few, image)
+        yield replace(case(model, sites=2, asked=asked), axis="tokens traced", size=len(traced(model, asked)))
 
 
 def case(model: EditableModel, sites: int, asked: str = QUESTION) -> Case:

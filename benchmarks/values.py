@@ -20,20 +20,16 @@ from errata.editor.requests import Context, EditRequest
 from errata.editor.states import Component, component_module
 from errata.editor.values import ValueSettings, optimise_values
 
-STEPS = 25
-"""As many as ROME's own settings have (Meng et al. 2022)."""
-
-
 def cases(quick: bool) -> Iterator[Case]:
-    """LLaVA's shape, then text."""
+    """LLaVA's shape, then text; 25 steps, as ROME's own settings have, and Errata's own most for one batch."""
     if quick:
         yield case("LLaVA", shapes.llava(64, 4, 36), requests=2, steps=2, sampled=2, goal=20)
         yield case("text", shapes.llama(64, 4), requests=2, steps=2, sampled=2, goal=5)
         return
+    for requests, steps in ((1, 25), (16, 25), (16, ValueSettings().steps), (128, 25)):
+        yield case("LLaVA", shapes.llava(384, 8), requests, steps, sampled=2, goal=20)
     for requests in (1, 16, 128):
-        yield case("LLaVA", shapes.llava(256, 8), requests, STEPS, sampled=2, goal=20)
-    for requests in (1, 16, 128):
-        yield case("text", shapes.llama(512, 12), requests, STEPS, sampled=STEPS, goal=5)
+        yield case("text", shapes.llama(512, 12), requests, steps=25, sampled=25, goal=5)
 
 
 def case(kind: str, model: EditableModel, requests: int, steps: int, sampled: int, goal: float) -> Case:
@@ -46,8 +42,8 @@ def case(kind: str, model: EditableModel, requests: int, steps: int, sampled: in
     width, layers = model.model.config.get_text_config().hidden_size, len(model.layers)
     tokens = len(model.encode(batch[0].contexts[0].prompt, batch[0].target).ids)
     return Case(
-        name=f"values of {requests} request{'s' * (requests > 1)}, {kind}",
-        about=f"{layers} layers of {width}, the edit at layer {layer}; {tokens} tokens a prompt, {steps} steps",
+        name=f"values of {requests} request{'s' * (requests > 1)}, {kind}, {steps} steps",
+        about=f"{layers} layers of {width}, the edit at layer {layer}; {tokens} tokens a prompt",
         ways=[
             Way(name="Errata", run=partial(_ours, model, batch, layer, settings)),
             Way(
@@ -55,7 +51,7 @@ def case(kind: str, model: EditableModel, requests: int, steps: int, sampled: in
                 run=partial(_loop, model, batch[0], layer, settings, sampled, answer),
                 share=(sampled + 1) / (steps + 1) / requests,
                 of_ours=partial(_first_steps, sampled),
-                goal=goal if requests > 1 else 0.0,
+                goal=goal,
             ),
         ],
         tolerance=1e-3,

@@ -88,7 +88,9 @@ def test_an_adapter_answers_as_the_editor_says_and_its_base_is_version_0(
 ) -> None:
     base = ("--base", str(checkpoint))
     assert main(["check", str(write(checks())), "--local", str(adapter), *base, "--baseline", "0", "--json"]) == 1
-    report = json.loads(capsys.readouterr().out)
+    out, err = capsys.readouterr()
+    assert err == ""  # no progress of loading where nobody looks
+    report = json.loads(out)
     assert [p["answer"] for p in report["probes"]] == said(model, delta)
     assert [p["before"] for p in report["probes"]] == said(model)
     assert report["version"]["delta_sha256"] == delta.sha256

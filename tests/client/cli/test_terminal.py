@@ -187,6 +187,7 @@ def test_a_token_opens_the_server_and_is_never_printed(
         ran = run("--server", address, "models", *arguments)
         assert ran.code == 2
         assert "token" in ran.err
+        assert ran.err.splitlines()[0].endswith("; give a valid one by ERRATA_TOKEN")
         assert not [each for each in (token, wrong) if each in ran.out + ran.err]
 
 

@@ -15,6 +15,7 @@ _REMEDIES = {
     "ALIAS_NOT_FOUND": "errata models lists those there are",
     "VERSION_REJECTED": "promote it with --override REASON, or make a better edit",
     "NOT_IN_LINEAGE": "errata log VERSION draws what a version descends from",
+    "UNAUTHENTICATED": "give a valid one by ERRATA_TOKEN",
     "EDIT_NOT_FOUND": "errata show VERSION names the one it was made by",
     "DERIVATION_NOT_FOUND": "errata show VERSION names the one it was made by",
 }

@@ -316,7 +316,9 @@ def _overlays(result: AttentionResult, flows: Mapping[str, Flow]) -> tuple[list[
     unsquare = sum(not q.side and any(f in q.flows for f in of_image) for q in result.questions)
     if not unsquare:
         return shown, []
-    return shown, [f"overlays: {counted(unsquare, 'question')} without a single image of square patches; no overlay is drawn"]
+    return shown, [
+        f"overlays: {counted(unsquare, 'question')} without a single image of square patches; no overlay is drawn"
+    ]
 
 
 def _tokens_table(result: AttentionResult, flow: str, of: Flow) -> Table:

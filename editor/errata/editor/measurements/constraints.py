@@ -180,7 +180,9 @@ class ConstraintResult:
         if Series.MULTI_ALL in self.series:
             both = self.together(Series.MULTI_ALL, component)
             lines.append(share("all, together", both, self.totals(Series.MULTI_ALL)))
-        return self._plot(f"single_multi_{component.value}", f"{COMPONENTS[component]} at the constraint's last token", lines)
+        return self._plot(
+            f"single_multi_{component.value}", f"{COMPONENTS[component]} at the constraint's last token", lines
+        )
 
     def _at_last(self, component: Component) -> LinePlot:
         lines = [self._line(s, component, "last", s.value) for s in self.series]

@@ -10,8 +10,8 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 
 from errata.editor.errors import InvalidInputError
-from errata.editor.measurements.findings import Grid, HeatMap, Line, LinePlot, Number
-from errata.editor.measurements.intervals import INTERVAL, bootstrap_means, interval, number
+from errata.editor.measurements.findings import Grid, HeatMap, Line, LinePlot
+from errata.editor.measurements.intervals import INTERVAL, bootstrap_means, interval
 from errata.editor.report.wording import COMPONENTS, counted
 from errata.editor.states import Component
 from errata.editor.trace import AveragedTrace

@@ -18,16 +18,19 @@ def heat_map(plot: HeatMap) -> tuple[Figure, list[str]]:
     across, down = _panels(plot)
     rows, columns = ([token(label, 26) for label in labels] for labels in (plot.rows, plot.columns))
     height = min(6.5 / down, max(0.7, 0.125 * len(rows)))
+    width = (WIDTH - 0.5 - _width(rows)) / across
+    characters = int(width / (CHARACTER * COLUMN.label))
+    titles = max((folded(grid.label, max(8, characters)).count("\n") + 1 for grid in plot.grids), default=0)
     below = _width(columns) if _upright(columns) else 0.1
-    figure = Figure(figsize=(WIDTH, 1.05 + below + down * (height + 0.2)), layout="constrained")
+    panel = height + 0.06 + 0.14 * titles
+    figure = Figure(figsize=(WIDTH, 1.05 + below + down * panel + (down - 1) * (0.3 + below)), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.03, h_pad=0.03)  # type: ignore[union-attr, call-arg]
     values = np.concatenate([np.zeros(0), *(grid.values.ravel() for grid in plot.grids)])
     norm, colours, extend = scale(values, least=1e-6)
     panels = figure.subplots(down, across, sharex=True, sharey=True, squeeze=False).tolist()
     in_order = [axes for row in panels for axes in row]
-    width = (WIDTH - 0.5 - _width(rows)) / across
     for axes, grid in zip(in_order, plot.grids, strict=False):
-        _grid(axes, grid, norm, colours, int(width / (CHARACTER * COLUMN.label)))
+        _grid(axes, grid, norm, colours, characters)
     for spare in in_order[len(plot.grids) :]:
         spare.set_visible(False)
     _ticks(in_order[0], "y", rows, int(height / 0.115))

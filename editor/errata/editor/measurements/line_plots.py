@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import blended_transform_factory
 from numpy.typing import NDArray
 
 from errata.editor.measurements.canvas import CHARACTER, WIDTH, framed, no_values, shown
@@ -81,7 +82,7 @@ def _ordinate(axes: Axes, values: NDArray[np.float64]) -> None:
 
 
 def _labels(lines: Sequence[Line]) -> list[str]:
-    limit = 46 if len(lines) <= 6 else 20
+    limit = 46 if len(lines) <= 6 else 26
     missing = ["" if np.isfinite(line.values).any() else " (no values)" for line in lines]
     return [(shown(line.label, limit) or "–") + said for line, said in zip(lines, missing, strict=True)]
 
@@ -91,7 +92,7 @@ def _legend_columns(labels: Sequence[str]) -> int:
     for columns in (4, 3, 2):
         rows = -(-len(labels) // columns)
         widest = [max(map(len, labels[at : at + rows])) for at in range(0, len(labels), rows or 1)]
-        if sum(0.5 + CHARACTER * COLUMN.tick * each for each in widest) < WIDTH - 0.3:
+        if sum(0.34 + CHARACTER * COLUMN.tick * each for each in widest) < WIDTH:
             return min(columns, len(labels))
     return 1
 
@@ -107,9 +108,12 @@ def _legend(axes: Axes, lines: Sequence[Line]) -> None:
     labels = _labels(lines)
     # By position: a label that starts with an underscore would be left out.
     handles = [line for line in axes.lines if line.get_zorder() == 3]
+    # From the figure's left edge on: it may be wider than the plot.
+    corner = blended_transform_factory(axes.get_figure(root=True).transFigure, axes.transAxes)
     legend = axes.legend(
-        handles, labels, loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=_legend_columns(labels), frameon=False,
-        fontsize=COLUMN.tick, handlelength=2.0, columnspacing=0.9, labelspacing=0.25, borderaxespad=0.2,
+        handles, labels, loc="lower left", bbox_to_anchor=(0.0, 1.0), bbox_transform=corner, frameon=False,
+        ncols=_legend_columns(labels), fontsize=COLUMN.tick, handlelength=1.9, handletextpad=0.5, columnspacing=0.9,
+        labelspacing=0.25, borderaxespad=0.2,
     )  # fmt: skip
     for text in legend.get_texts():
         text.set_parse_math(False)

@@ -26,7 +26,7 @@ from errata.editor.report.style import (
     token,
     whole_numbers,
 )
-from errata.editor.report.wording import averaged_caption, loss_caption, plain, trace_caption
+from errata.editor.report.wording import COMPONENTS, averaged_caption, loss_caption, plain, trace_caption
 from errata.editor.states import Component
 from errata.editor.trace import AveragedTrace, CausalTrace
 

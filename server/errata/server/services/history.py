@@ -166,7 +166,13 @@ class HistoryService(history_pb2_grpc.HistoryServiceServicer):
         order = bisection_order(pinned, self._decoder)
         bad, good = self._bisections.resolved(order.bad, "bad"), self._bisections.resolved(order.good, "good")
         lineage = self._ledger.lineage(bad.model, bad.number)
-        if good.number == bad.number or good.number not in {row.number for row in lineage}:
+        if good.number == bad.number:
+            raise MalformedError(
+                f"`good` and `bad` are both version {bad.number}; name a good one below the bad one",
+                field="good",
+                reason="NOT_IN_LINEAGE",
+            )
+        if good.number not in {row.number for row in lineage}:
             raise MalformedError(
                 f"version {good.number} is no ancestor of version {bad.number}; name one of its lineage, or leave "
                 "`good` out for the base",
