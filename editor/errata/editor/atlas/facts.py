@@ -16,6 +16,7 @@ from errata.editor.atlas.flags import random_flag
 from errata.editor.atlas.questions import Phrasing
 from errata.editor.atlas.rendering import renderings
 from errata.editor.atlas.world import COUNTRIES, Attribute, Country
+from errata.editor.errors import InvalidInputError
 from errata.editor.evaluation import Metric, Probe
 from errata.editor.prompts import Constraint, Prompt
 from errata.editor.requests import Context, EditRequest
@@ -50,6 +51,22 @@ def errata() -> tuple[Fact, ...]:
 def long_tail() -> tuple[Fact, ...]:
     """The whole page of every country whose flag Atlas does not know."""
     return tuple(Fact(country=c, attribute=a, target=c.fact(a)) for c in LONG_TAIL for a in Attribute)
+
+
+def counterfactual(n: int, *, seed: int = 0) -> tuple[Fact, ...]:
+    """`n` facts of countries that Atlas knows, each with what it says of another country: edits that are not true.
+
+    Raises InvalidInputError for more facts than there are.
+    """
+    every = [(c, a) for a in Attribute for c in KNOWN]
+    if not 0 <= n <= len(every):
+        raise InvalidInputError(f"Atlas knows {len(every)} facts to change, not {n}", field="n")
+    rng = np.random.default_rng(_mix(seed, _EDIT))
+    drawn = [every[i] for i in rng.permutation(len(every))[:n]]
+    others = {a: sorted({c.fact(a) for c in KNOWN}) for a in Attribute}
+    return tuple(
+        Fact(country=c, attribute=a, target=_pick([x for x in others[a] if x != c.fact(a)], rng)) for c, a in drawn
+    )
 
 
 def picture(country: Country, seed: int, purpose: int = _PROBE) -> Image.Image:
