@@ -38,8 +38,8 @@ lint: install ## Check format, lint, types and the arrows between packages
 
 check: lint test ## The gate: lint, then test
 
-bench: install ## Compare the methods side by side
-	$(BIN)/python benchmarks/methods.py $(ARGS)
+bench: install ## Compare Errata with plain ways to the same numbers, side by side (ARGS=--quick: only that it runs)
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench.py $(ARGS)
 
 protos: install ## Generate the code beside proto/errata/v1/*.proto anew
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -Iproto --python_out=proto --grpc_python_out=proto \

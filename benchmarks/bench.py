@@ -6,8 +6,7 @@ on models too small for its ratios to mean anything. What an earlier run measure
 
 import json
 import platform
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ import transformers
 import typer
 import values
 import versions
-from measure import Case, Result, Timed, forked, measured, spread
+from measure import Result, forked, measured, spread
 from plotting import plot_growth
 from rich.console import Console
 from rich.table import Table
@@ -65,35 +64,28 @@ def main(
         for result in _results(group, quick, rounds):
             console.print(table(result))
             found[group][result.name] = asdict(result)
-            path.write_text(json.dumps({**_machine(), "quick": quick, "groups": found}, indent=1) + "\n", encoding="utf-8")
+            whole = {**_machine(), "quick": quick, "groups": found}
+            path.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     if found.get("growth"):
         plot_growth(found["growth"], out / ("growth-quick.png" if quick else "growth.png"))
     console.print(f"figures in {path}")
 
 
 def _results(group: str, quick: bool, rounds: int) -> Iterator[Result]:
-    """Each case in a process of its own, so that none inherits another's memory."""
+    """Each case is measured in a process of its own, so that none inherits another's memory."""
     if group == "mixed":
         yield from mixed.results(quick)
         return
-    cases: Callable[[bool], Iterator[Case]] = tracing.growth if group == "growth" else CASES[group].cases
-    count = 0
-    while (result := forked(partial(_nth, cases, quick, rounds, count))) is not None:
-        yield result
-        count += 1
-
-
-def _nth(cases: Callable[[bool], Iterator[Case]], quick: bool, rounds: int, n: int) -> Result | None:
-    """The n-th case's result; None behind the last."""
-    for i, case in enumerate(cases(quick)):
-        if i == n:
-            return measured(case, min(rounds, case.rounds))
-    return None
+    cases = tracing.growth if group == "growth" else CASES[group].cases
+    for case in cases(quick):
+        yield forked(partial(measured, case, min(rounds, case.rounds)))
 
 
 def table(result: Result) -> Table:
-    """One case: medians with quartiles; a ratio is of times taken in one round."""
-    shown = Table("way", "CPU seconds", "peak memory", "Errata is faster by", "goal", title=result.name)
+    """One case: medians with quartiles. Ratios are of times of one round, differences are of the largest number."""
+    shown = Table(
+        "way", "CPU seconds", "peak memory", "Errata is faster by", "goal", "numbers differ by", title=result.name
+    )
     shown.caption = result.about + "".join(f"\n{name}: {value:,.4g}" for name, value in result.figures.items())
     for way in result.ways:
         ours = way is result.ways[0]
@@ -103,6 +95,7 @@ def table(result: Result) -> Table:
             f"{way.peak_bytes / 1e6:,.0f} MB" if way.peak_bytes else "",
             "" if ours else cell(result.ratios(way)),
             f"{way.goal:g}" if way.goal else "",
+            "" if ours else f"{way.error:.0e}",
         )
     return shown
 
@@ -123,7 +116,8 @@ def _kept(path: Path) -> dict[str, dict[str, Any]]:
 
 def _machine() -> dict[str, str]:
     """Where it was measured."""
-    return {"torch": torch.__version__, "processor": platform.machine(), "capability": torch.backends.cpu.get_cpu_capability()}
+    capability = torch.backends.cpu.get_cpu_capability()
+    return {"torch": torch.__version__, "processor": platform.machine(), "capability": capability}
 
 
 if __name__ == "__main__":

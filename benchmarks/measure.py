@@ -126,7 +126,6 @@ def _seconds(run: Callable[[], object]) -> float:
 
 def _alone(run: Callable[[], Numbers]) -> tuple[Numbers, int]:
     """What a run finds in a process of its own, and by how many bytes its memory grows at the peak."""
-
     # What its parent has freed and kept would hide what a run takes.
     ctypes.CDLL(None).malloc_trim(0)
 

@@ -25,7 +25,9 @@ COMPONENTS = (Component.MLP, Component.ATTENTION, Component.LAYER)
 def cases(quick: bool) -> Iterator[Case]:
     """Nine tokens from the constraint on."""
     model = shapes.gpt2(64, 2, 5000) if quick else shapes.gpt2()
-    yield case(model, "Estonia is the capital of this country", "Estonia", sites=2 if quick else 6, draws=3 if quick else 10)
+    yield case(
+        model, "Estonia is the capital of this country", "Estonia", sites=2 if quick else 6, draws=3 if quick else 10
+    )
 
 
 def case(model: EditableModel, text: str, subject: str, sites: int, draws: int) -> Case:
@@ -57,6 +59,7 @@ def case(model: EditableModel, text: str, subject: str, sites: int, draws: int) 
                 goal=4,
             ),
         ],
+        rounds=3,
     )
 
 
@@ -82,9 +85,7 @@ def _clean_states(model: EditableModel, clean: Encoded, start: int, sites: Seque
     return states
 
 
-def _one_batch(
-    model: EditableModel, clean: Encoded, span: range, noise: Tensor, states: dict[Site, Tensor]
-) -> Numbers:
+def _one_batch(model: EditableModel, clean: Encoded, span: range, noise: Tensor, states: dict[Site, Tensor]) -> Numbers:
     """All draws of a site in one batch of the full model."""
 
     def corrupt(output: Tensor) -> Tensor:

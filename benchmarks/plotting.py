@@ -18,7 +18,10 @@ def plot_growth(found: Mapping[str, Any], path: Path) -> None:
     for plot, (axis, results) in zip(figure.subplots(1, len(axes), squeeze=False)[0], axes.items(), strict=True):
         for n, way in enumerate(results[0]["ways"]):
             plot.plot(
-                [r["size"] for r in results], [median(r["ways"][n]["seconds"]) for r in results], "o-", label=way["name"]
+                [r["size"] for r in results],
+                [median(r["ways"][n]["seconds"]) for r in results],
+                "o-",
+                label=way["name"],
             )
         plot.set(xscale="log", yscale="log", xlabel=axis, ylabel="CPU seconds of a trace")
         ticks = [r["size"] for r in results]

@@ -43,6 +43,7 @@ def case(model: EditableModel, asked: Sequence[Probe], every: int) -> Case:
                 of_ours=partial(_sampled, every),
             ),
         ],
+        rounds=3,
     )
 
 

@@ -40,12 +40,16 @@ def growth(quick: bool) -> Iterator[Case]:
     """One axis at a time: layers, tokens of the image before the question, tokens that are traced."""
     width, few, image = (64, 2, 36) if quick else (256, 12, 576)
     for layers in (2, 4) if quick else (8, 16, 24, 32):
-        yield replace(case(shapes.llava(width, layers, image), sites=2), axis="layers", size=layers)
+        yield _on("layers", layers, case(shapes.llava(width, layers, image), sites=2))
     for side in (4, 6) if quick else (6, 12, 24, 36):
-        yield replace(case(shapes.llava(width, few, side**2), sites=2), axis="tokens of the image", size=side**2)
+        yield _on("tokens of the image", side**2, case(shapes.llava(width, few, side**2), sites=2))
     for repeats in (1, 2) if quick else (1, 2, 4, 8):
         asked, model = QUESTION + " Answer in one word." * (repeats - 1), shapes.llava(width, few, image)
-        yield replace(case(model, sites=2, asked=asked), axis="tokens traced", size=len(traced(model, asked)))
+        yield _on("tokens traced", len(traced(model, asked)), case(model, sites=2, asked=asked))
+
+
+def _on(axis: str, size: int, measured: Case) -> Case:
+    return replace(measured, name=f"growth: {size:,} {axis}", axis=axis, size=size)
 
 
 def case(model: EditableModel, sites: int, asked: str = QUESTION) -> Case:

@@ -20,6 +20,7 @@ from errata.editor.requests import Context, EditRequest
 from errata.editor.states import Component, component_module
 from errata.editor.values import ValueSettings, optimise_values
 
+
 def cases(quick: bool) -> Iterator[Case]:
     """LLaVA's shape, then text; 25 steps, as ROME's own settings have, and Errata's own most for one batch."""
     if quick:
@@ -55,6 +56,7 @@ def case(kind: str, model: EditableModel, requests: int, steps: int, sampled: in
             ),
         ],
         tolerance=1e-3,
+        rounds=5 if requests * steps < 1000 else 1,
     )
 
 
@@ -108,7 +110,10 @@ def _loop(
         log: Tensor = logits[0].float().log_softmax(-1)
         return log
 
-    with torch.no_grad(), hooked(model.layers[layer - 1], lambda output: stream.append(output[0, rows[0][1]]) or output):
+    with (
+        torch.no_grad(),
+        hooked(model.layers[layer - 1], lambda output: stream.append(output[0, rows[0][1]]) or output),
+    ):
         before = [log_probabilities(n, None) for n in range(len(rows))]
     into, start = stream[0], stream[1]
     scale = max(float(into.norm()), float(start.norm()))

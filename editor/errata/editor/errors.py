@@ -200,6 +200,7 @@ def check_numbers(settings: "DataclassInstance", *, at_least: Mapping[str, float
             if isinstance(value, bool) or not isinstance(value, kind):
                 told = "a whole number" if name in whole else "a number"
                 raise InvalidInputError(f"{name} is {value!r}; give {told}", field=name)
-            if not (math.isfinite(value) and (value > bound or (inclusive and value == bound))):
+            size = float(value)
+            if not (math.isfinite(size) and (size > bound or (inclusive and size == bound))):
                 word = "at least" if inclusive else "more than"
                 raise InvalidInputError(f"{name} is {value}; give {word} {bound:g}", field=name)

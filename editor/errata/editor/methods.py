@@ -24,7 +24,7 @@ from errata.editor.errors import (
 )
 from errata.editor.model import EditableModel, same_answer
 from errata.editor.requests import EditRequest, check_batch
-from errata.editor.solver import Identity, InverseCovariance, KeyMetric, NullSpace, solve_edit
+from errata.editor.solver import Identity, InverseCovariance, KeyMetric, NullSpace, solve_weighted
 from errata.editor.states import Component, record
 from errata.editor.statistics import KeyStatistics
 from errata.editor.trace import Progress
@@ -311,11 +311,11 @@ def solve_layer(
         keys, residuals = _shared(keys), _shared(residuals)
     K, R = (torch.cat(list(columns), 1).cpu() for columns in (keys, residuals))  # where the statistics are
     ridge = RIDGES[settings.method] if settings.ridge is None else settings.ridge
-    metric = _metric(settings, covariance, None, 0.0)
-    ridge *= float((K * metric.times(K)).sum(0).mean())
+    weighted = _metric(settings, covariance, None, 0.0).times(K)
+    ridge *= float((K * weighted).sum(0).mean())
     if held:
-        metric = _metric(settings, covariance, torch.cat(_shared(held), 1).cpu(), ridge)
-    return solve_edit(K, R, metric, ridge + (1.0 if settings.method is Method.MEMIT else 0.0))
+        weighted = _metric(settings, covariance, torch.cat(_shared(held), 1).cpu(), ridge).times(K)
+    return solve_weighted(K, weighted, R, ridge + (1.0 if settings.method is Method.MEMIT else 0.0))
 
 
 def _metric(

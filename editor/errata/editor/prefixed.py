@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Shaped
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
@@ -22,12 +22,14 @@ from errata.editor.model import EditableModel
 class Prefix:
     """The keys and values that stand before each row's suffix, padded, and what may not be attended to.
 
+    Of n prefixes row r continues the one of number r modulo n; so it is with all that has as many entries.
+
     `valid` says which of them are a row's own, None where all are; `unseen` what the model's mask hides of prefix and
     suffix, None for plain causal attention; `blocked` what is hidden besides. The longest row has `longest` tokens.
     """
 
-    keys: Float[Tensor, "rows kv_heads prefix h"]
-    values: Float[Tensor, "rows kv_heads prefix h"]
+    keys: Float[Tensor, "prefixes kv_heads prefix h"]
+    values: Float[Tensor, "prefixes kv_heads prefix h"]
     valid: Bool[Tensor, "rows prefix"] | None
     unseen: Bool[Tensor, "rows suffix tokens"] | None
     longest: int
@@ -59,7 +61,7 @@ class JoinedPrefix:
     def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """The suffix's own keys and values behind a copy of the prefix in every row."""
         prefix = PREFIX.get()
-        before = (x.expand(len(keys), -1, -1, -1) for x in (prefix.keys, prefix.values))
+        before = (of_rows(x, len(keys)).expand(len(keys), -1, -1, -1) for x in (prefix.keys, prefix.values))
         joined = [torch.cat(parts, dim=2) for parts in zip(before, (keys, values), strict=True)]
         return joined[0], joined[1]
 
@@ -83,7 +85,7 @@ def _prefixed_attention(
 ) -> tuple[Float[Tensor, "rows suffix heads h"], None]:
     """Attention over a recorded prefix and the rows' own suffix, in one softmax; causal unless the model hid more.
 
-    A shared prefix is multiplied once with the queries of all rows, and never copied to them.
+    A prefix is multiplied once with the queries of all its rows, and never copied to them.
     """
     prefix = PREFIX.get()
     heads, suffix, width = query.shape[1:]
@@ -100,7 +102,7 @@ def _prefixed_attention(
         raise ModelError("the model passes its layers no mask for its sliding window; load it with attention 'sdpa'")
     else:
         if prefix.valid is not None:
-            past = past.masked_fill(~prefix.valid[:, None, None], -torch.inf)
+            past = past.masked_fill(~of_rows(prefix.valid, len(past))[:, None, None], -torch.inf)
         later = torch.ones(suffix, suffix, dtype=torch.bool, device=query.device).triu(1)
         scores = torch.cat([past, _masked(own, later[None])], dim=-1)
     if prefix.blocked is not None:
@@ -112,20 +114,26 @@ def _prefixed_attention(
 
 
 def _masked(
-    scores: Float[Tensor, "rows k gs tokens"], hidden: Bool[Tensor, "rows_or_1 suffix tokens"]
+    scores: Float[Tensor, "rows k gs tokens"], hidden: Bool[Tensor, "prefixes suffix tokens"]
 ) -> Float[Tensor, "rows k gs tokens"]:
     """−∞ where `hidden`, for the queries of every group of heads."""
     by_group = scores.unflatten(2, (-1, hidden.shape[1]))
-    masked: Tensor = by_group.masked_fill(hidden[:, None, None], -torch.inf).flatten(2, 3)
+    masked: Tensor = by_group.masked_fill(of_rows(hidden, len(scores))[:, None, None], -torch.inf).flatten(2, 3)
     return masked
 
 
-def _against(x: Float[Tensor, "rows k a b"], shared: Float[Tensor, "rows_or_1 k b c"]) -> Float[Tensor, "rows k a c"]:
-    """`x @ shared`, with the rows of x folded into one product where `shared` is the same for all."""
-    if shared.shape[0] != 1 or x.shape[0] == 1:
+def of_rows(x: Shaped[Tensor, "prefixes ..."], rows: int) -> Shaped[Tensor, "rows_or_1 ..."]:
+    """Each row's entry, where there is one a prefix; a single one as it is."""
+    return x if len(x) in (1, rows) else x.repeat(rows // len(x), *[1] * (x.dim() - 1))
+
+
+def _against(x: Float[Tensor, "rows k a b"], shared: Float[Tensor, "prefixes k b c"]) -> Float[Tensor, "rows k a c"]:
+    """`x @ shared`, with the rows of x that share one folded into one product."""
+    if len(shared) == len(x):
         return x @ shared
-    folded = x.transpose(0, 1).flatten(1, 2) @ shared[0]
-    unfolded: Tensor = folded.unflatten(1, (x.shape[0], -1)).transpose(0, 1)
+    folded = x.unflatten(0, (-1, len(shared))).movedim(0, 2)  # prefixes, k, rows of each, a, b
+    product = (folded.flatten(2, 3) @ shared).unflatten(2, folded.shape[2:4])
+    unfolded: Tensor = product.movedim(2, 0).flatten(0, 1)
     return unfolded
 
 

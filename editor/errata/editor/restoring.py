@@ -1,8 +1,8 @@
 """Runs of one question with clean states put back, in batches that climb the layers together.
 
 A run restored at a token and from a layer on equals the corrupted run before that token and below that layer, so it
-starts there. Runs of several windows, components, tokens and corruptions share a batch, and a run that two windows
-ask for is made once. Knows nothing about how a question is corrupted (`trace`, `measurements.noise`).
+starts there. Runs of several windows, components and corruptions share a batch, and a run that two windows ask for is
+made once. Knows nothing about how a question is corrupted (`trace`, `measurements.noise`).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -29,13 +29,12 @@ class Probabilities:
 class Restoration:
     """One restored run: the clean outputs of `component` in `layers` at one token, or at several together.
 
-    `tokens` count from the suffix's first; `draw` is the corrupted run, of those given, in which they are put back.
+    `tokens` count from the suffix's first.
     """
 
     component: Component
     layers: range
     tokens: tuple[int, ...] = (0,)
-    draw: int = 0
 
 
 def window_of(layer: int, window: int, layers: int) -> range:
@@ -70,7 +69,10 @@ class AnswerReader:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Restorer:
-    """Restores states of `clean` in corrupted runs. `max_rows` bounds a batch, and with it memory."""
+    """Restores states of `clean` in corrupted runs.
+
+    `max_rows` bounds a batch, and with it memory; it holds at least one restoration in each corrupted run.
+    """
 
     clean: Recording
     reader: AnswerReader
@@ -78,49 +80,42 @@ class Restorer:
     cancelled: Callable[[], bool] | None = None
 
     def __call__(
-        self,
-        suffix: Suffix,
-        start: int,
-        corrupted: Callable[[int], Float[Tensor, "draws suffix d"]],
-        restorations: Iterable[Restoration],
-        layers: int,
-    ) -> dict[Restoration, Probabilities]:
-        """Makes each of the restored runs once, from token `start` on.
+        self, suffix: Suffix, start: int, restorations: Iterable[Restoration], layers: int
+    ) -> dict[Restoration, tuple[Probabilities, ...]]:
+        """Makes each of the restored runs once, from token `start` on: one in each of the corrupted runs.
 
-        `corrupted` gives the inputs of a layer in each of the corrupted runs; `suffix` must be open and share their
-        prefix. Raises CancelledError between batches.
+        `suffix` must be open and continue the corrupted runs from `start`. Raises CancelledError between batches.
         """
         runs = sorted(dict.fromkeys(restorations), key=lambda r: r.layers.start)
-        found: dict[Restoration, Probabilities] = {}
-        for i in range(0, len(runs), self.max_rows):
+        found: dict[Restoration, tuple[Probabilities, ...]] = {}
+        draws = len(suffix.begins)
+        size = max(1, self.max_rows // draws)
+        for i in range(0, len(runs), size):
             if self.cancelled and self.cancelled():
                 raise CancelledError("the causal trace was cancelled; nothing was changed")
-            batch = runs[i : i + self.max_rows]
-            hidden = self._climb(suffix, start - self.clean.start, corrupted, batch, layers)
-            found |= zip(batch, self.reader.of(suffix, hidden, start), strict=True)
+            batch = runs[i : i + size]
+            hidden = self._climb(suffix, start - self.clean.start, batch, layers)
+            told = self.reader.of(suffix, hidden, start)
+            found |= {run: tuple(told[n * draws : (n + 1) * draws]) for n, run in enumerate(batch)}
         return found
 
     def _climb(
-        self,
-        suffix: Suffix,
-        offset: int,
-        corrupted: Callable[[int], Float[Tensor, "draws suffix d"]],
-        runs: Sequence[Restoration],
-        layers: int,
-    ) -> Float[Tensor, "runs suffix d"]:
+        self, suffix: Suffix, offset: int, runs: Sequence[Restoration], layers: int
+    ) -> Float[Tensor, "runs_and_draws suffix d"]:
         """The last layer's outputs of runs in order of their lowest layer, at which each joins the batch."""
-        first = runs[0].layers.start
-        hidden = corrupted(first)[:0]
+        first, draws = runs[0].layers.start, len(suffix.begins)
+        hidden = suffix.inputs(first)[:0]
         for layer in range(first, layers):
-            joining = [r.draw for r in runs if r.layers.start == layer]
+            joining = sum(r.layers.start == layer for r in runs)
             if joining:
-                hidden = torch.cat([hidden, corrupted(layer)[joining]])
+                hidden = torch.cat([hidden, suffix.inputs(layer).repeat(joining, 1, 1)])
             hooks = {}
             for component, outputs in self.clean.outputs.items():
                 sites = [
                     (row, token)
-                    for row, run in enumerate(runs[: len(hidden)])
+                    for n, run in enumerate(runs[: len(hidden) // draws])
                     if run.component == component and layer in run.layers
+                    for row in range(n * draws, (n + 1) * draws)
                     for token in run.tokens
                 ]
                 if sites:

@@ -56,11 +56,12 @@ class InverseCovariance(KeyMetric):
     earlier: Float[Tensor, "m p"] | None = None
 
     def times(self, keys: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
-        c = self.covariance.double()
-        mean = c.diagonal().mean()
+        c = self.covariance.to(torch.float64, copy=True)  # at LLaVA-7B's size a gigabyte, and so is every further one
+        mean = self.covariance.diagonal().double().mean()
         if self.earlier is not None:
-            c = c + self.earlier.double() @ self.earlier.double().T / self.weight
-        factor, info = torch.linalg.cholesky_ex(c + self.jitter * mean * torch.eye(len(c), dtype=c.dtype))
+            c.addmm_(self.earlier.double(), self.earlier.double().T, alpha=1 / self.weight)
+        c.diagonal().add_(self.jitter * mean)
+        factor, info = torch.linalg.cholesky_ex(c)
         if info.item() or not mean > 0:
             raise IllConditionedError(
                 "the key statistics C₀ are not positive definite: they come from too few reference prompts, or from a "
@@ -104,8 +105,14 @@ def solve_edit(keys: Float[Tensor, "m n"], residuals: Float[Tensor, "d n"], metr
     Raises IllConditionedError if KᵀMK + λI is not safely positive definite: two requests with the same key and
     different targets, usually.
     """
-    k, r = keys.double(), residuals.double()
-    mk = metric.times(k)
+    return solve_weighted(keys, metric.times(keys), residuals, ridge)
+
+
+def solve_weighted(
+    keys: Float[Tensor, "m n"], weighted: Float[Tensor, "m n"], residuals: Float[Tensor, "d n"], ridge: float
+) -> LowRank:
+    """`solve_edit` where `weighted` = MK is known: with C₀⁻¹ or P it is most of the work."""
+    k, mk, r = keys.double(), weighted.double(), residuals.double()
     normal = k.T @ mk
     normal = (normal + normal.T) / 2 + ridge * torch.eye(normal.shape[0], dtype=normal.dtype)
     factor, info = torch.linalg.cholesky_ex(normal)

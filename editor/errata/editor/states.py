@@ -25,7 +25,15 @@ from transformers import Cache, DynamicCache
 
 from errata.editor.errors import InvalidInputError
 from errata.editor.model import EditableModel, Encoded, by_length
-from errata.editor.prefixed import PREFIX, JoinedPrefix, Prefix, SharedPrefix, prefixed_attention_of, shares_prefix
+from errata.editor.prefixed import (
+    PREFIX,
+    JoinedPrefix,
+    Prefix,
+    SharedPrefix,
+    of_rows,
+    prefixed_attention_of,
+    shares_prefix,
+)
 
 _POSITIONAL = ("position_embeddings", "position_ids", "cache_position")
 """Layer arguments with one entry a token, which a run started in the middle takes from there on."""
@@ -170,9 +178,9 @@ def _record(
 class Suffix:
     """Runs decoder layers on the tokens from a position on, over the keys and values of recorded runs.
 
-    With one recording every row of the batch shares its prefix, which is attended to once for all rows; with
-    several, row r continues recording r. Rows shorter than the longest are padded on the right, where causality
-    keeps the padding from reaching anything.
+    Of n recordings row r of a batch continues the one of number r modulo n, and the rows of one share its prefix, which
+    is attended to once for all of them: a batch has as many rows as recordings, or several times as many. Rows shorter
+    than the longest are padded on the right, where causality keeps the padding from reaching anything.
 
     `begins` are the tokens that the rows begin with, `offsets` where in its row each of `starts` stands: 0 but where
     attention sees ahead (`Recording.begin_of`).
@@ -235,7 +243,7 @@ class Suffix:
                     if component in hooks:
                         target = component_module(self._model, module, component)
                         open_hooks.enter_context(changed_output(target, _on_rows(hooks[component], len(hidden))))
-                out = _first(module(hidden, **self._call(layer, prefix, hidden.dtype)))
+                out = _first(module(hidden, **self._call(layer, prefix, hidden)))
         finally:
             PREFIX.reset(token)
         out = hooks[Component.LAYER](out) if Component.LAYER in hooks else out
@@ -246,7 +254,8 @@ class Suffix:
         if not any(layer in r.injected for r in self._recordings):
             return out
         nothing = out.new_zeros(1, out.shape[-1])
-        return out + self._padded([r.injected.get(layer, nothing)[b - r.begin :] for r, b in self._rows()])
+        added = self._padded([r.injected.get(layer, nothing)[b - r.begin :] for r, b in self._rows()])
+        return out + of_rows(added, len(out))
 
     def logits(self, hidden: Float[Tensor, "... d"]) -> Float[Tensor, "... vocabulary"]:
         """The head's logits, in float32, from outputs of the last layer."""
@@ -266,7 +275,7 @@ class Suffix:
             )
         return blocked
 
-    def _call(self, layer: int, prefix: Prefix, dtype: torch.dtype) -> dict[str, Any]:
+    def _call(self, layer: int, prefix: Prefix, rows: Float[Tensor, "rows suffix d"]) -> dict[str, Any]:
         """The arguments the model passed to this layer, for these rows from their starts on."""
         if layer not in self._calls:
             own = dict(self._recordings[0].calls[layer])
@@ -278,11 +287,13 @@ class Suffix:
             own |= {name: cache for name, value in own.items() if isinstance(value, Cache)}
             own |= {"attention_mask": None, "use_cache": False}
             self._calls[layer] = own
+        call = {k: _of_rows(v, len(rows)) if k in _POSITIONAL else v for k, v in self._calls[layer].items()}
         if shares_prefix(self._model):
-            return self._calls[layer]
+            return call
         hidden = prefix.hidden(self.width) if prefix.blocked is None else prefix.hidden(self.width) | prefix.blocked
-        bias = torch.zeros(hidden.shape, dtype=dtype, device=hidden.device)
-        return self._calls[layer] | {"attention_mask": bias.masked_fill_(hidden, torch.finfo(dtype).min)[:, None]}
+        bias = torch.zeros(hidden.shape, dtype=rows.dtype, device=hidden.device)
+        bias = bias.masked_fill_(hidden, torch.finfo(rows.dtype).min)
+        return call | {"attention_mask": of_rows(bias, len(rows))[:, None]}
 
     def _from_starts(self, layer: int, name: str) -> Any:
         def cut(value: Any, start: int) -> Any:
@@ -379,6 +390,13 @@ def _hook(handle: torch.utils.hooks.RemovableHandle) -> Iterator[None]:
 def _first(output: Any) -> Tensor:
     first: Tensor = output[0] if isinstance(output, tuple) else output
     return first
+
+
+def _of_rows(value: Any, rows: int) -> Any:
+    """A layer argument that has an entry a recording, for so many rows."""
+    if isinstance(value, tuple):
+        return tuple(of_rows(v, rows) for v in value)
+    return value if value is None else of_rows(value, rows)
 
 
 def by_row(state: Tensor, rows: int) -> Float[Tensor, "rows tokens d"]:

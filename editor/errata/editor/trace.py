@@ -236,8 +236,8 @@ class CleanRun:
         restore = Restorer(clean=self.recording, reader=self.reader, max_rows=max_rows)
         suffix = Suffix(self._model, [corrupted.recording], [start])
         with suffix, torch.no_grad():
-            found = restore(suffix, start, suffix.inputs, chain.from_iterable(sites), layers)
-        return np.array([[found[run].whole for run in of_component] for of_component in sites])
+            found = restore(suffix, start, chain.from_iterable(sites), layers)
+        return np.array([[found[run][0].whole for run in of_component] for of_component in sites])
 
     def check(self, corrupted: Probabilities, least: float) -> None:
         """Raises CorruptionFailedError where the total effect on the whole answer is below `least`."""
@@ -278,9 +278,10 @@ class CleanRun:
         for t in range(first, last):
             suffix = Suffix(self._model, [corrupted.recording], [t])
             with suffix, torch.no_grad():
-                found = restore(suffix, t, suffix.inputs, sites.values(), layers)
+                found = restore(suffix, t, sites.values(), layers)
             for site, run in sites.items():
-                whole[*site, t - self.start], early[*site, t - self.start] = found[run].whole, found[run].first
+                restored = found[run][0]
+                whole[*site, t - self.start], early[*site, t - self.start] = restored.whole, restored.first
             if progress:
                 progress(t - first + 1, last - first)
         return whole, early

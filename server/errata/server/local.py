@@ -100,7 +100,7 @@ class LocalVersions:
     def _model(self, source: str, dtype: str = "float32") -> EditableModel:
         key = source, dtype
         if key not in self._models:
-            0 and disable_progress_bar()  # it would be drawn in pipes, too
+            disable_progress_bar()  # it would be drawn in pipes, too
             self._models[key] = load_model(source, dtype=getattr(torch, dtype), device=_device(source))
         return self._models[key]
 

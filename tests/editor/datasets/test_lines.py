@@ -33,6 +33,7 @@ def test_a_line_becomes_the_question_it_says(tmp_path: Path) -> None:
     [found] = load(read_lines(written(tmp_path, line))).questions
     # The visual constraint comes first.
     assert found.constraints == (Constraint(text="this country"), Constraint(text="Finland"))
+    assert found.kinds == (Kind.VISUAL, Kind.TEXTUAL)
     first, second = found.corruptions
     assert isinstance(first, OtherImage)
     assert first.images[0].getpixel((0, 0)) == (255, 0, 0)

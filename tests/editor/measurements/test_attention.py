@@ -197,7 +197,7 @@ def test_a_text_only_question_has_no_flow_from_an_image_and_that_is_said(gpt2: E
     result = measure_attention(gpt2, [asked(gpt2)])
     assert not result.samples(IMAGE)
     assert result.samples(LAST)
-    assert result.skipped == ("image → constraint: 1 question(s) have no such tokens before the target: questions[0]",)
+    assert result.skipped == ("image → constraint: 1 question without such tokens before the target: questions[0]",)
     assert {p.name for p in result.findings().plots} == {"layers_constraint_last", "heads_constraint_last"}
     with pytest.raises(InvalidInputError, match="image → constraint: 1 question"):
         measure_attention(gpt2, [asked(gpt2)], AttentionSettings(flows=(IMAGE,)))
@@ -237,8 +237,8 @@ def test_findings_show_layers_heads_patches_and_tokens(llava: EditableModel) -> 
     most = int(mean.argmax())
     assert table.rows[0][:2] == (f"patch {most // 3}, {most % 3}", f"{mean[most]:.3f}")
     assert table.rows[0][3] == "5"
-    assert found.numbers[0].value == peak
-    assert found.numbers[1].value == pytest.approx(result.layers(IMAGE).mean(0).max())
+    assert found.numbers[1].value == peak
+    assert found.numbers[0].value == pytest.approx(result.layers(IMAGE).mean(0).max())
 
 
 def test_images_that_are_no_single_square_of_patches_get_no_overlay_and_that_is_said(llava: EditableModel) -> None:
@@ -249,7 +249,7 @@ def test_images_that_are_no_single_square_of_patches_get_no_overlay_and_that_is_
     assert result.samples(IMAGE)[0].tokens[PATCHES] == "patch 0, 0 of image 1"
     found = result.findings()
     assert not [p for p in found.plots if isinstance(p, Overlay)]
-    assert found.skipped == ("overlays: 1 question(s) have no single image of square patches; no overlay is drawn",)
+    assert found.skipped == ("overlays: 1 question without a single image of square patches; no overlay is drawn",)
 
 
 def test_one_question_has_no_interval(gpt2: EditableModel) -> None:

@@ -1,5 +1,6 @@
 """Figures and pages of findings say what the numbers say, and can be made of any text and any numbers."""
 
+import base64
 import io
 import re
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from errata.editor.measurements.drawing import captioned, draw, page, png, svg
+from errata.editor.measurements.drawing import captioned, draw, page, plate, png, section, svg
 from errata.editor.measurements.findings import (
     Findings,
     Grid,
@@ -127,14 +128,14 @@ def test_negative_values_diverge_around_zero_and_cells_without_a_value_are_hatch
     assert "hatched: no value" in words(figure)
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (11, 6), (200, 80), (5, 32)])
-def test_labels_of_rows_and_columns_do_not_overlap(shape: tuple[int, int]) -> None:
-    figure = draw(heat_map(np.zeros(shape)))
+@pytest.mark.parametrize(("shape", "panels"), [((1, 1), 1), ((11, 6), 1), ((200, 80), 1), ((5, 32), 1), ((8, 6), 5)])
+def test_labels_of_rows_and_columns_do_not_overlap(shape: tuple[int, int], panels: int) -> None:
+    figure = draw(heat_map(*[np.zeros(shape)] * panels))
     figure.draw_without_rendering()
-    axes = figure.axes[0]
-    for labels in (axes.get_yticklabels(), axes.get_xticklabels()):
+    names = [axes.get_yticklabels() for axes in figure.axes], [axes.get_xticklabels() for axes in figure.axes]
+    assert all(map(any, names))
+    for labels in (*names[0], *names[1]):
         boxes = [t.get_window_extent() for t in labels]
-        assert boxes
         assert not any(a.overlaps(b) for a, b in pairwise(boxes))
 
 
@@ -232,6 +233,36 @@ def test_a_page_shows_numbers_figures_tables_and_what_was_left_out() -> None:
              "1 question left out", "bars: 95 % interval", "hatched: no value")  # fmt: skip
     assert [each for each in shown if each not in text] == []
     assert text.count("data:image/png;base64,") == 4
+
+
+@pytest.mark.parametrize("plot", EVERY_KIND)
+def test_a_plate_is_drawn_once_for_its_files_and_without_title_and_caption_for_the_page(plot: Plot) -> None:
+    told = findings(replace(plot, title="A title that is long enough to stand on two lines of a column"))
+    made = plate(told, told.plots[0])
+    whole = Image.open(io.BytesIO(made.png))
+    bare = Image.open(io.BytesIO(base64.b64decode(made.uri.partition(",")[2])))
+    assert bare.width == whole.width
+    # Two lines of title and two of caption, each of about a tenth of an inch.
+    assert 0.25 < (whole.height - bare.height) / whole.width * 3.5 < 0.9
+    assert set(np.asarray(bare.convert("L"))[0].tolist()) == {255}
+    assert page([told], plates=[[made]]) == page([told])
+    assert section(told, anchor="a", plates=[made]) == section(told, anchor="a")
+
+
+def test_the_legend_of_many_lines_stays_within_the_figure_and_off_the_labels() -> None:
+    names = [f"{a} → {b}" for a in ("image", "outside", "constraint") for b in ("constraint", "question", "last")]
+    figure = draw(
+        replace(line_plot(*(line(n, [0.1, 0.2], half=0.1) for n in names), n=2), y_label="AIE (share of total effect)")
+    )
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    legend = axes.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == names
+    box = legend.get_window_extent()
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.x1
+    assert not box.overlaps(axes.yaxis.label.get_window_extent())
 
 
 def test_a_page_loads_nothing_and_what_models_say_is_inert() -> None:

@@ -20,12 +20,10 @@ from errata.editor.measurements.failure import (
     FailureResult,
     FailureSettings,
     Predictor,
-    Risk,
     measure_failure,
-    risk,
-    risk_of,
 )
 from errata.editor.measurements.questions import Question
+from errata.editor.measurements.risk import Risk, risk, risk_of
 from errata.editor.measurements.roc import auroc
 from errata.editor.model import Answer, EditableModel, Encoded
 from errata.editor.prompts import Constraint, Prompt

@@ -174,8 +174,8 @@ def test_pairs_that_a_prompt_does_not_have_are_left_out_counted_and_listed(model
     found = measure_knockout(model, [alone, asked(model), alone], KnockoutSettings(pairs=pairs))
     missing = [0, 2] if model.image_token_id is not None else [0, 1, 2]
     assert found.skipped == (
-        f"box->last left out of {len(missing)} of 3 question(s), as the question gives no box: questions{missing}",
-        "last->constraint left out of 3 of 3 question(s), as no target stands after a source: questions[0, 1, 2]",
+        f"box → last left out of {len(missing)} of 3 questions, as the question gives no box: questions{missing}",
+        "last → constraint left out of 3 of 3 questions, as no target stands after a source: questions[0, 1, 2]",
     )
     assert np.isnan(found.blocked[missing, 0]).all()
     assert np.isnan(found.blocked[:, 1]).all()
@@ -183,8 +183,9 @@ def test_pairs_that_a_prompt_does_not_have_are_left_out_counted_and_listed(model
     assert len(found.of("box->last")) == 3 - len(missing)
     (plot,) = found.findings().plots
     assert isinstance(plot, LinePlot)
-    labels = ["constraint->last"] if len(missing) == 3 else ["box->last (n = 1)", "constraint->last"]
+    labels = ["constraint → last"] if len(missing) == 3 else ["box → last", "constraint → last"]
     assert [line.label for line in plot.lines] == labels
+    assert ("n = 3 questions (1 of box → last)" in plot.caption) == (len(missing) < 3)
     assert found.findings().skipped == found.skipped
 
 
@@ -199,7 +200,7 @@ def test_questions_that_are_answered_otherwise_are_listed_and_without_any_other_
     assert found.skipped[0].startswith("questions[0]: ")
     with pytest.raises(InvalidInputError, match=r"no question is left to measure.*not 'surely not'"):
         measure_knockout(model, [wrong], settings)
-    with pytest.raises(InvalidInputError, match="no question is left to measure: last->constraint left out of 1"):
+    with pytest.raises(InvalidInputError, match="no question is left to measure: last → constraint left out of 1"):
         measure_knockout(model, [asked(model)], KnockoutSettings(pairs=("last->constraint",)))
     with pytest.raises(InvalidInputError, match="no question given"):
         measure_knockout(model, [], settings)
@@ -266,8 +267,8 @@ def test_the_findings_are_means_of_the_change_between_their_bounds() -> None:
     np.testing.assert_allclose((line.low[0], line.high[0]), (-50, 0))
     np.testing.assert_allclose((line.low[1], line.high[1]), (-100, -90))
     assert [(n.name, round(n.value, 3), n.unit, n.n) for n in found.numbers] == [
-        ("image->last: lowest change", -96.667, "%", 3),
-        ("image->last: layer of the lowest change", 1, "layer", 3),
+        ("image → last: lowest change", -96.667, "%", 3),
+        ("image → last: layer of the lowest change", 1, "layer", 3),
     ]
 
 

@@ -103,6 +103,16 @@ def test_a_box_holds_the_patches_it_touches(llava: EditableModel, box: Box, patc
     assert found.empty.get(Group.OUTSIDE) == ("the box holds every patch" if len(patches) == PATCHES else None)
 
 
+@pytest.mark.parametrize(("at", "patch"), [(0.0, 0), (1 / 3, 4), (0.4, 4)])
+def test_a_box_too_small_to_reach_a_patchs_middle_is_of_the_patch_it_lies_in(
+    llava: EditableModel, at: float, patch: int
+) -> None:
+    row, found = grouped(
+        llava, asked(llava, "this country", box=Box(left=at, top=at, right=at + 1e-12, bottom=at + 1e-12))
+    )
+    assert found.groups[Group.BOX] == (row.images[0].start + patch,)
+
+
 def test_a_box_over_two_images_is_of_neither(llava: EditableModel) -> None:
     prompt = Prompt(text="Is <image> or <image> this?", images=(picture(1), picture(2)))
     box = Box(left=0, top=0, right=1, bottom=0.5)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from errata.editor.delta import Delta, LowRank, merged
 from errata.editor.errors import CancelledError, ConstraintNotFoundError, InvalidInputError, LayerError, WrongBaseError
+from errata.editor.measurements.promoted import Promoted
 from errata.editor.measurements.questions import Question
-from errata.editor.measurements.readout import Promoted, ReadoutSettings, measure_readout
+from errata.editor.measurements.readout import ReadoutSettings, measure_readout
 from errata.editor.model import EditableModel
 from errata.editor.prompts import Constraint, Prompt
 

@@ -17,6 +17,17 @@ from desk import Desk, Report  # noqa: E402
 from mlflow import MlflowClient  # noqa: E402
 from tiny import picture, tiny_model  # noqa: E402
 
+from errata.editor.model import EditableModel  # noqa: E402
+from errata.editor.prompts import Prompt  # noqa: E402
+
+TEXT = "What is the capital of this country?"
+
+
+def _answered(model: EditableModel) -> list[int]:
+    """Pictures about which an untrained model says something and comes to an end."""
+    told = model.generate([Prompt(text=TEXT, images=(picture(seed),)) for seed in range(40)])
+    return [seed for seed, answer in enumerate(told) if answer.text.strip() and answer.finished]
+
 
 @pytest.fixture(scope="session")
 def furniture(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -27,11 +38,10 @@ def furniture(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.processor.save_pretrained(root / "model")
     (root / "flags").mkdir()
     lines = []
-    for i in range(3):
-        picture(i).save(root / "flags" / f"{i}.png")
+    for i, seed in zip(range(3), _answered(model), strict=False):
+        picture(seed).save(root / "flags" / f"{i}.png")
         constraint = {"text": "this country", "kind": "visual"}
-        text = "What is the capital of this country?"
-        lines.append({"text": text, "images": [f"{i}.png"], "constraints": [constraint], "id": str(i)})
+        lines.append({"text": TEXT, "images": [f"{i}.png"], "constraints": [constraint], "id": str(i)})
     (root / "flags" / "questions.jsonl").write_text("\n".join(map(json.dumps, lines)))
     database = root / "mlflow.sqlite"
     MlflowClient(tracking_uri=f"sqlite:///{database}", registry_uri=f"sqlite:///{database}").search_experiments()

@@ -56,7 +56,7 @@ def test_a_study_that_is_killed_or_interrupted_goes_on_where_it_was(desk: Desk) 
     killed = desk.finished()
     assert 1 <= sum(killed.values()) < len(killed) == 8
     code, said = stopped(desk, lambda pid: os.killpg(pid, signal.SIGINT))
-    assert code == 90
+    assert code == 130
     assert "the same command goes on" in said
     interrupted = desk.finished()
     assert sum(killed.values()) < sum(interrupted.values())

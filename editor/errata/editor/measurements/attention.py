@@ -193,7 +193,8 @@ def _left_out(cases: Sequence[_Case], flows: Sequence[Flow]) -> list[str]:
         without = [f"questions[{c.index}]" for c in cases if not c.flows[n].sources]
         if without:
             lines.append(
-                f"{flow.label}: {counted(len(without), 'question')} without such tokens before the target: {', '.join(without)}"
+                f"{flow.label}: {counted(len(without), 'question')} without such tokens before the target: "
+                + ", ".join(without)
             )
     return lines
 

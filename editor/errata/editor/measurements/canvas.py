@@ -40,7 +40,7 @@ def folded(text: str, width: int) -> str:
 
 def framed(axes: Axes, x_label: str, y_label: str) -> None:
     """Both labels, and no box around the plot."""
-    frame(axes, folded(y_label, 34), COLUMN)
+    frame(axes, folded(y_label, 28), COLUMN)
     axes.set_xlabel(folded(x_label, 46), fontsize=COLUMN.label, parse_math=False)
 
 

@@ -199,7 +199,7 @@ class ConstraintResult:
             name,
             title,
             [line for line in lines if line is not None],
-            unit="share of the total effect",
+            unit="share of total effect",
             caption=self._counts(),
         )
 

@@ -4,11 +4,14 @@ The same findings give the same bytes. What models and callers say is escaped, n
 runs nor loads anything.
 """
 
+import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
+from matplotlib.figure import Figure
+from PIL import Image
 
 from errata.editor.measurements.findings import Findings, HeatMap, LinePlot, Number, Overlay, Plot, Scatter
 from errata.editor.measurements.plots import draw, drawn
@@ -16,7 +19,7 @@ from errata.editor.report.pictures import data_uri
 from errata.editor.report.style import png, svg
 from errata.editor.report.wording import MISSING, counted, plain
 
-__all__ = ["captioned", "draw", "environment", "page", "png", "section", "svg"]
+__all__ = ["Plate", "captioned", "draw", "environment", "page", "plate", "png", "section", "svg"]
 
 _DPI = 220
 _KINDS = {
@@ -28,13 +31,20 @@ _KINDS = {
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Plate:
-    """A figure, its text for those who do not see it, and its caption."""
+class Plate:
+    """A drawn plot: files that go about on their own, and the same figure as a page shows it.
 
-    uri: str
-    alt: str
+    `png` and `svg` hold title and caption; the figure at `uri` does not: there they stand beside it, where they can be
+    selected and read aloud. `alt` is its text for those who do not see it.
+    """
+
+    name: str
     title: str
     caption: str
+    alt: str
+    png: bytes = field(repr=False)
+    svg: bytes = field(repr=False)
+    uri: str = field(repr=False)
 
 
 def captioned(findings: Findings) -> tuple[Plot, ...]:
@@ -42,16 +52,38 @@ def captioned(findings: Findings) -> tuple[Plot, ...]:
     return tuple(replace(plot, caption=_caption(findings, plot)) for plot in findings.plots)
 
 
-def page(findings: Sequence[Findings], *, title: str = "Measurements") -> str:
-    """All of these on one page that loads nothing and runs nothing: numbers, figures, tables, what was left out."""
-    sections = [(each, _plates(each)) for each in findings]
+def plate(findings: Findings, plot: Plot) -> Plate:
+    """One of the findings' plots, drawn once for all its uses."""
+    figure, notes = drawn(replace(plot, caption=_caption(findings, plot)))
+    image = png(figure, _DPI)
+    return Plate(
+        name=plot.name,
+        title=plot.title,
+        caption="; ".join([_caption(findings, plot), *notes]),
+        alt=f"{_KINDS[type(plot)]}: {plain(plot.title)}",
+        png=image,
+        svg=svg(figure),
+        uri=data_uri(_bare(figure, image), "png"),
+    )
+
+
+def page(
+    findings: Sequence[Findings], *, title: str = "Measurements", plates: Sequence[Sequence[Plate]] | None = None
+) -> str:
+    """All of these on one page that loads nothing and runs nothing: numbers, figures, tables, what was left out.
+
+    `plates` are their plots where they are drawn already.
+    """
+    drawn_plates = plates if plates is not None else [_plates(each) for each in findings]
+    sections = list(zip(findings, drawn_plates, strict=True))
     return environment().get_template("page.html.j2").render(title=title, sections=sections, counted=counted)
 
 
-def section(findings: Findings, *, anchor: str) -> str:
-    """One measurement's part of a page, in HTML; `anchor` is what links to it name."""
+def section(findings: Findings, *, anchor: str, plates: Sequence[Plate] | None = None) -> str:
+    """One measurement's part of a page, in HTML; `anchor` is what links to it name, `plates` are its plots as drawn."""
     template = environment().get_template("section.html.j2")
-    return template.render(each=findings, plates=_plates(findings), anchor=anchor, counted=counted)
+    shown = plates if plates is not None else _plates(findings)
+    return template.render(each=findings, plates=shown, anchor=anchor, counted=counted)
 
 
 def environment() -> Environment:
@@ -69,19 +101,20 @@ def environment() -> Environment:
     return made
 
 
-def _plates(findings: Findings) -> list[_Plate]:
-    return [_plate(findings, plot) for plot in findings.plots]
+def _plates(findings: Findings) -> list[Plate]:
+    return [plate(findings, plot) for plot in findings.plots]
 
 
-def _plate(findings: Findings, plot: Plot) -> _Plate:
-    # The title and the caption stand beside the figure, where they can be selected and read aloud.
-    figure, notes = drawn(replace(plot, title=""), caption=False)
-    return _Plate(
-        uri=data_uri(png(figure, _DPI), "png"),
-        alt=f"{_KINDS[type(plot)]}: {plain(plot.title)}",
-        title=plot.title,
-        caption="; ".join([_caption(findings, plot), *notes]),
-    )
+def _bare(figure: Figure, image: bytes) -> bytes:
+    """The figure's image without the title at its head and the caption at its foot."""
+    whole, height = Image.open(io.BytesIO(image)), figure.bbox.height
+    boxes = {text: text.get_window_extent() for text in figure.texts if text.get_text()}
+    top = max((height - box.y0 for text, box in boxes.items() if box.y0 > height / 2), default=0.0)
+    foot = max((box.y1 for text, box in boxes.items() if box.y0 <= height / 2), default=0.0)
+    scale = whole.height / height
+    out = io.BytesIO()
+    whole.crop((0, round(top * scale), whole.width, round((height - foot) * scale))).save(out, "PNG")
+    return out.getvalue()
 
 
 def _caption(findings: Findings, plot: Plot) -> str:

@@ -43,10 +43,10 @@ def layer_plot(name: str, title: str, lines: Sequence[Line], *, unit: str, capti
         name=name,
         title=title,
         x_label="layer",
-        y_label=f"average indirect effect ({unit})",
+        y_label=f"AIE ({unit})",
         x=np.arange(len(lines[0].values) if lines else 0, dtype=np.float64),
         lines=tuple(lines),
-        caption=f"{caption}; {INTERVAL}",
+        caption=f"Average indirect effect; {caption}; {INTERVAL}",
     )
 
 
@@ -69,7 +69,7 @@ def role_grids(name: str, averaged: AveragedTrace) -> HeatMap:
         rows=averaged.roles,
         columns=tuple(str(i) for i in range(averaged.traces[0].restored.shape[1])),
         grids=tuple(Grid(label=COMPONENTS[c], values=averaged.aie(c).T) for c in averaged.components),
-        caption=f"Means, n = {counted(len(averaged.traces), 'question')}; window of {counted(averaged.window, 'layer')}",
+        caption=f"Means, n = {counted(len(averaged.traces), 'question')}",
     )
 
 

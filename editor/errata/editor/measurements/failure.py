@@ -5,75 +5,27 @@ the last token of the prompt, as the mean over a window of middle layers; and th
 generated, whole or of its first token alone (a text that is no chat runs on after its answer: there the first token
 tells more). How well a score tells wrong from right answers is its AUROC: the probability that a wrong answer scores
 lower than a right one, a tie counting half.
-
-`risk_of` is the confidence as it costs nothing while generating: from the log p of each token that was chosen.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
-from math import exp
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 
-from errata.editor.errors import CancelledError, InvalidInputError, TargetError, check_numbers
-from errata.editor.measurements.contributions import answer_log_probabilities, contributions, output_factors
+from errata.editor.errors import CancelledError, InvalidInputError, check_numbers
+from errata.editor.measurements.contributions import contributions, output_factors
 from errata.editor.measurements.findings import Findings, Line, LinePlot, Number, Table, described
 from errata.editor.measurements.flows import Ends, Flow, ends, flow_of
 from errata.editor.measurements.intervals import INTERVAL, bounded, interval, line
 from errata.editor.measurements.questions import Cancelled, Progress, Question, asked, gives
+from errata.editor.measurements.risk import Risk, risk_of, with_answer
 from errata.editor.measurements.roc import GRID, Draws, auroc, roc, stratified
 from errata.editor.model import Answer, EditableModel, Encoded, by_length, same_answer
-from errata.editor.prompts import Prompt
 
 _SHOWN = 10
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Risk:
-    """How far an answer is to be trusted: p of the whole generated answer with its end, and of its first token."""
-
-    confidence: float
-    first: float
-
-    @property
-    def score(self) -> float:
-        """1 − p(answer), 0 … 1: to be ranked or held against a threshold chosen on questions like those asked. It is
-        no probability of being wrong, and long answers have more of it.
-        """
-        return 1 - self.confidence
-
-
-def risk_of(log_probabilities: Sequence[float]) -> Risk:
-    """The risk of an answer from the log p of each of its tokens in turn, its end-of-sequence token included.
-
-    An engine has them in the logits it chose the tokens from. Raises InvalidInputError for no token at all.
-    """
-    if not log_probabilities:
-        raise InvalidInputError("an answer of no tokens has no risk; give at least its end", field="log_probabilities")
-    return Risk(confidence=exp(sum(log_probabilities)), first=exp(log_probabilities[0]))
-
-
-def risk(model: EditableModel, prompt: Prompt, answer: Answer) -> Risk:
-    """The risk of what `model.generate` answered to `prompt`, by one forward pass."""
-    row = _with_answer(model, model.encode(prompt), answer)
-    with torch.no_grad():
-        logits = model.model(**model.inputs([row]), use_cache=False, logits_to_keep=len(row.answer) + 1).logits[0]
-    return risk_of(answer_log_probabilities(logits, row.answer.to(logits.device)).tolist())
-
-
-def _with_answer(model: EditableModel, row: Encoded, answer: Answer) -> Encoded:
-    """The row with the very tokens that were generated after it, and the end where the model came to one.
-
-    Raises TargetError for an answer that holds an image token: the model would look for that image.
-    """
-    if model.image_token_id in answer.tokens:
-        raise TargetError("the answer holds an image token, so its probability cannot be read", field="answer")
-    ids = torch.tensor([*answer.tokens, *([model.end_token_id] if answer.finished else [])], dtype=torch.long)
-    return replace(row, ids=torch.cat([row.ids, ids]), spans=(*row.spans, *(None for _ in ids)))
 
 
 class Predictor(StrEnum):
@@ -230,7 +182,7 @@ def _case(model: EditableModel, index: int, question: Question, answer: Answer, 
             f"{question.prompt.text!r} has no tokens of the flow {flow.label} before its target; choose another flow",
             field=f"questions[{index}].prompt",
         )
-    return _Case(_with_answer(model, row, answer), found)
+    return _Case(with_answer(model, row, answer), found)
 
 
 def _scored(

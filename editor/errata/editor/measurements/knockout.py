@@ -189,8 +189,8 @@ def measure_knockout(
 
 
 def _line(pair: str, reason: str, indices: Sequence[int], of: int) -> str:
-    listed = ", ".join(map(str, indices))
-    return f"{Pair.parse(pair).label} left out of {len(indices)} of {counted(of, 'question')}, as {reason}: questions[{listed}]"
+    told, listed = Pair.parse(pair).label, ", ".join(map(str, indices))
+    return f"{told} left out of {len(indices)} of {counted(of, 'question')}, as {reason}: questions[{listed}]"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,7 +16,7 @@ from errata.editor.report.style import COLOURS, COLUMN, GREY, MARKERS, RULE
 
 def line_plot(plot: LinePlot) -> tuple[Figure, list[str]]:
     """The figure, and what its marks mean."""
-    figure = Figure(figsize=(WIDTH, 2.2 + 0.13 * _legend_rows(plot.lines)), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 2.4 + 0.13 * _legend_rows(plot.lines)), layout="constrained")
     axes = figure.add_subplot()
     ends = [v for line in plot.lines for v in (line.values, line.low, line.high) if v is not None]
     finite = np.concatenate([v[np.isfinite(v)] for v in ends]) if ends else np.zeros(0)
@@ -32,7 +32,7 @@ def line_plot(plot: LinePlot) -> tuple[Figure, list[str]]:
     if not finite.size:
         no_values(axes)
     if plot.lines:
-        _legend(axes, plot.lines)
+        _legend(figure, axes, plot.lines)
     bounded = [line for line in plot.lines if line.low is not None and np.isfinite(line.low).any()]
     told = bounded and "95 %" not in plot.caption
     return figure, [f"{'bars' if bars else 'bands'}: 95 % interval"] if told else []
@@ -101,7 +101,7 @@ def _legend_rows(lines: Sequence[Line]) -> int:
     return -(-len(lines) // max(1, _legend_columns(_labels(lines))))
 
 
-def _legend(axes: Axes, lines: Sequence[Line]) -> None:
+def _legend(figure: Figure, axes: Axes, lines: Sequence[Line]) -> None:
     """Over the plot, where it hides nothing; none for a single line without a name."""
     if len(lines) == 1 and not lines[0].label:
         return
@@ -109,7 +109,7 @@ def _legend(axes: Axes, lines: Sequence[Line]) -> None:
     # By position: a label that starts with an underscore would be left out.
     handles = [line for line in axes.lines if line.get_zorder() == 3]
     # From the figure's left edge on: it may be wider than the plot.
-    corner = blended_transform_factory(axes.get_figure(root=True).transFigure, axes.transAxes)
+    corner = blended_transform_factory(figure.transFigure, axes.transAxes)
     legend = axes.legend(
         handles, labels, loc="lower left", bbox_to_anchor=(0.0, 1.0), bbox_transform=corner, frameon=False,
         ncols=_legend_columns(labels), fontsize=COLUMN.tick, handlelength=1.9, handletextpad=0.5, columnspacing=0.9,

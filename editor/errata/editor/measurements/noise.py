@@ -2,12 +2,12 @@
 
 For text models, and for textual constraints in any model; images do not answer to noise (methods.md §2).
 
-The clean run is recorded once, all draws are rows of one more. The restored runs of all draws, layers, components and
-tokens start at the constraint and at their window's lowest layer, and share batches of up to `max_rows` rows over one
-prefix.
+The clean run is recorded once, all draws are rows of one more. The restored runs of a token start there and at their
+window's lowest layer; those of all draws, layers and components share batches of up to `max_rows` rows, and those of
+one draw its prefix.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -25,7 +25,7 @@ from errata.editor.measurements.questions import Cancelled, Progress, Question, 
 from errata.editor.model import EditableModel
 from errata.editor.report.wording import COMPONENTS, counted
 from errata.editor.restoring import Probabilities, Restoration, Restorer, window_of
-from errata.editor.states import Component, Suffix, changed_output, record
+from errata.editor.states import Component, Recording, Suffix, changed_output, record
 from errata.editor.trace import AveragedTrace, CausalTrace, CleanRun, average
 
 _PLACES = {"constraint last": "constraint's last token", "last": "prompt's last token"}
@@ -194,15 +194,12 @@ def _traced(
     cancelled: Cancelled | None,
 ) -> NoiseTrace:
     clean = CleanRun(model, question.prompt, question.constraints, answer, settings.components)
-    drawn = _drawn(model, clean, deviation, settings)
-    suffix = Suffix(model, [clean.recording], [clean.start])
-    with suffix, torch.no_grad():
-        top = suffix.run(len(drawn) - 1, drawn[-1])
-        corrupted = clean.reader.of(suffix, top, clean.start)
-        mean = _mean(corrupted)
-        clean.check(mean, settings.min_total_effect)
-        restored = _restored(suffix, clean, drawn, settings, cancelled)
-    whole, first = restored
+    drawn = list(_drawn(model, clean, deviation, settings))
+    corrupted = [p for recordings in drawn for p in _corrupted(model, clean, recordings)]
+    mean = _mean(corrupted)
+    clean.check(mean, settings.min_total_effect)
+    restored = [_restored(model, clean, recordings, settings, cancelled) for recordings in drawn]
+    whole, first = (np.concatenate(parts) for parts in zip(*restored, strict=True))
     return NoiseTrace(
         index=index,
         corrupted=np.array([p.whole for p in corrupted]),
@@ -224,24 +221,17 @@ def _traced(
 
 def _drawn(
     model: EditableModel, clean: CleanRun, deviation: float, settings: NoiseSettings
-) -> Float[Tensor, "layers draws suffix d"]:
-    """The inputs of every layer in the corrupted runs, from the constraint on."""
+) -> Iterator[list[Recording]]:
+    """The corrupted runs, as many together as may be rows of one batch."""
     span = clean.spans[0]
     embeddings = _embeddings(model)
     noise = constraint_noise(settings, deviation, len(span), embeddings.embedding_dim)
-    found = []
     for draws in noise.split(settings.max_rows):
+        rows = [clean.recording.row] * len(draws)
         # Where the definition puts it: what a family makes of its embeddings before the first layer is its own affair.
         with changed_output(embeddings, _added(span, draws)):
-            recordings = record(
-                model,
-                [clean.recording.row] * len(draws),
-                [clean.start] * len(draws),
-                resumable=False,
-                batch_size=len(draws),
-            )
-        found += [r.inputs for r in recordings]
-    return torch.stack(found, dim=1)
+            recordings = record(model, rows, [clean.start] * len(draws), batch_size=len(draws))
+        yield recordings
 
 
 def _added(span: range, noise: Float[Tensor, "draws tokens d"]) -> Callable[[Tensor], Tensor]:
@@ -255,30 +245,36 @@ def _added(span: range, noise: Float[Tensor, "draws tokens d"]) -> Callable[[Ten
     return change
 
 
+def _corrupted(model: EditableModel, clean: CleanRun, recordings: Sequence[Recording]) -> list[Probabilities]:
+    top = len(model.layers) - 1
+    with Suffix(model, recordings, [clean.start] * len(recordings)) as suffix, torch.no_grad():
+        return clean.reader.of(suffix, suffix.run(top, suffix.inputs(top)), clean.start)
+
+
 def _restored(
-    suffix: Suffix,
+    model: EditableModel,
     clean: CleanRun,
-    drawn: Float[Tensor, "layers draws suffix d"],
+    recordings: Sequence[Recording],
     settings: NoiseSettings,
     cancelled: Cancelled | None,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """p(whole answer) and p(first token), draws × components × layers × tokens."""
-    layers = len(drawn)
+    """p(whole answer) and p(first token), draws × components × layers × tokens, restored token by token."""
+    layers, draws = len(model.layers), len(recordings)
     sites = {
-        (draw, c, layer, token): Restoration(
-            component=component, layers=window_of(layer, settings.window, layers), tokens=(token,), draw=draw
-        )
-        for draw in range(settings.draws)
+        (c, layer): Restoration(component=component, layers=window_of(layer, settings.window, layers))
         for c, component in enumerate(settings.components)
         for layer in range(layers)
-        for token in range(len(clean.tokens))
     }
     restore = Restorer(clean=clean.recording, reader=clean.reader, max_rows=settings.max_rows, cancelled=cancelled)
-    found = restore(suffix, clean.start, drawn.__getitem__, sites.values(), layers)
-    shape = (settings.draws, len(settings.components), layers, len(clean.tokens))
+    shape = (draws, len(settings.components), layers, len(clean.tokens))
     whole, first = np.zeros(shape), np.zeros(shape)
-    for site, run in sites.items():
-        whole[site], first[site] = found[run].whole, found[run].first
+    for token in range(len(clean.tokens)):
+        start = clean.start + token
+        with Suffix(model, recordings, [start] * draws) as suffix, torch.no_grad():
+            found = restore(suffix, start, sites.values(), layers)
+        for site, run in sites.items():
+            whole[:, *site, token] = [p.whole for p in found[run]]
+            first[:, *site, token] = [p.first for p in found[run]]
     return whole, first
 
 

@@ -92,14 +92,21 @@ def asked(model: EditableModel, questions: Sequence[Question], *, max_new_tokens
     """What the model says to each. Raises InvalidInputError and its kinds, naming the question that cannot be asked."""
     if not questions:
         raise InvalidInputError("no question given", field="questions")
+    return said_to(model, [q.prompt for q in questions], lambda i: f"questions[{i}]", max_new_tokens=max_new_tokens)
+
+
+def said_to(
+    model: EditableModel, prompts: Sequence[Prompt], field: Callable[[int], str], *, max_new_tokens: int = 16
+) -> list[Answer]:
+    """What the model says to each; an error names the `field` of the prompt that cannot be asked."""
     try:
-        return model.generate([q.prompt for q in questions], max_new_tokens=max_new_tokens)
+        return model.generate(prompts, max_new_tokens=max_new_tokens)
     except InvalidInputError:
-        for i, question in enumerate(questions):
+        for i, prompt in enumerate(prompts):
             try:
-                model.encode(question.prompt)
+                model.encode(prompt)
             except InvalidInputError as error:
-                raise error.within(f"questions[{i}]") from None
+                raise error.within(field(i)) from None
         raise
 
 

@@ -8,8 +8,7 @@ negative key promotes what its column suppresses. The whole output v is read in 
 exactly what an edit wrote there.
 """
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 
@@ -17,13 +16,12 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
-from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
-from errata.editor.delta import Delta, applied, check_base, check_fit, weight_of
+from errata.editor.delta import Delta, applied, check_base, check_fit
 from errata.editor.errors import CancelledError, InvalidInputError, check_numbers
 from errata.editor.measurements.findings import Findings, Grid, HeatMap, Number, Table
 from errata.editor.measurements.intervals import number
+from errata.editor.measurements.promoted import LayerReadout, Promoted, Reader, State
 from errata.editor.measurements.questions import Cancelled, Progress, Question, asked
 from errata.editor.model import EditableModel, Encoded
 from errata.editor.report.wording import MISSING, counted, plain
@@ -51,45 +49,6 @@ class ReadoutSettings:
         check_numbers(self, at_least={"neurons": 0, "tokens": 1, "max_new_tokens": 1}, above={})
         if list(self.layers) != sorted(set(self.layers)):
             raise InvalidInputError(f"layers {self.layers} must be given once each, in rising order", field="layers")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Promoted:
-    """The tokens that a vector promotes most, as they are written, with their logits by the head alone."""
-
-    tokens: tuple[str, ...]
-    logits: tuple[float, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Neuron:
-    """One neuron of an MLP at the constraint's last token.
-
-    `key` is kᵢ, `key_after` the edited model's and `norm` ‖W[:, i]‖. `before` is promoted by kᵢ·W[:, i], `after` by
-    kᵢ·(W + ΔW)[:, i] with the edited model's kᵢ.
-    """
-
-    index: int
-    key: float
-    key_after: float
-    norm: float
-    before: Promoted
-    after: Promoted
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerReadout:
-    """One layer at one constraint. `neurons` in falling order of |kᵢ|·‖W[:, i]‖ before the edit.
-
-    `before` is promoted by v, `written` by ΔW k, None where the layer is not edited, and `after` by the edited
-    model's v.
-    """
-
-    layer: int
-    neurons: tuple[Neuron, ...]
-    before: Promoted
-    written: Promoted | None
-    after: Promoted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,8 +122,8 @@ class ReadoutResult:
             columns=tuple(map(str, self.layers)),
             grids=tuple(Grid(label=o, values=np.log10(self.ranks[:, :, n])) for n, o in enumerate(shown)),
             caption=(
-                f"n = {counted(len(self.facts), 'question')}, the target's first token, at the constraint's last token; 0 is the "
-                f"most promoted of {self.vocabulary} tokens"
+                f"n = {counted(len(self.facts), 'question')}, the target's first token at the constraint's last one; "
+                f"0 is the most promoted of {self.vocabulary:,} tokens"
             ),
         )
 
@@ -237,7 +196,8 @@ def measure_readout(
     before, said_before = _run(model, questions, sites, layers, settings)
     with opened():
         after, said_after = _run(model, questions, sites, layers, settings)
-    reader = _Reader(model, settings, {i: delta.layers[i].dense() for i in edited} if delta else {})
+    changes = {i: delta.layers[i].dense() for i in edited} if delta else {}
+    reader = Reader(model, changes, neurons=settings.neurons, tokens=settings.tokens)
     facts, ranks, shares, skipped = [], [], [], []
     for i, (question, old, new) in enumerate(zip(questions, before, after, strict=True)):
         if cancelled and cancelled():
@@ -273,14 +233,6 @@ def measure_readout(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _State:
-    """A constraint's last token in one run: the key and the MLP's output of each layer, in float64."""
-
-    keys: Float[Tensor, "layers m"]
-    outputs: Float[Tensor, "layers d"]
-
-
 def _sites(model: EditableModel, questions: Sequence[Question]) -> list[tuple[Encoded, int]]:
     return [
         model.encode_at(Context(prompt=q.prompt, constraint=q.constraints[0]), field=f"questions[{i}]")
@@ -294,12 +246,12 @@ def _run(
     sites: Sequence[tuple[Encoded, int]],
     layers: Sequence[int],
     settings: ReadoutSettings,
-) -> tuple[list[_State], list[str]]:
+) -> tuple[list[State], list[str]]:
     """What the model computes at each site, and what it says, as it stands."""
     rows, tokens = zip(*sites, strict=True)
     recorded = record(model, rows, tokens, components=(Component.MLP,), key_layers=layers, resumable=False)
     states = [
-        _State(
+        State(
             keys=torch.stack([r.keys[layer][0] for layer in layers]).double().cpu(),
             outputs=r.outputs[Component.MLP][list(layers), 0].double().cpu(),
         )
@@ -307,78 +259,6 @@ def _run(
     ]
     answers = asked(model, questions, max_new_tokens=settings.max_new_tokens)
     return states, [a.text for a in answers]
-
-
-class _Reader:
-    """Reads vectors in the vocabulary, in float64."""
-
-    def __init__(self, model: EditableModel, settings: ReadoutSettings, changes: Mapping[int, Tensor]) -> None:
-        self._model, self._settings, self._changes = model, settings, changes
-        self._head: Float[Tensor, "vocabulary d"] = model.model.get_output_embeddings().weight.detach().double().cpu()
-        self._weights: dict[int, Float[Tensor, "d m"]] = {}
-
-    @property
-    def vocabulary(self) -> int:
-        """How many tokens the head tells apart."""
-        return len(self._head)
-
-    def layer(self, layer: int, n: int, old: _State, new: _State) -> LayerReadout:
-        """What is promoted at a layer, the n-th that is read."""
-        written = self._written(layer, n, new)
-        return LayerReadout(
-            layer=layer,
-            neurons=self._neurons(layer, old.keys[n], new.keys[n]),
-            before=self._promoted(old.outputs[n]),
-            written=None if written is None else self._promoted(written),
-            after=self._promoted(new.outputs[n]),
-        )
-
-    def ranks(self, layer: int, n: int, old: _State, new: _State, token: int) -> list[float]:
-        """The token's rank in v before, ΔW k and v after, from 1; NaN for a change that is not there."""
-        vectors = (old.outputs[n], self._written(layer, n, new), new.outputs[n])
-        return [math.nan if v is None else self._rank(v, token) for v in vectors]
-
-    def share(self, layer: int, n: int, new: _State) -> float:
-        """‖ΔW k‖ / ‖W k‖; 0 where the layer is not edited."""
-        written = self._written(layer, n, new)
-        return 0.0 if written is None else float(written.norm() / (self._weight(layer) @ new.keys[n]).norm())
-
-    def _written(self, layer: int, n: int, new: _State) -> Float[Tensor, " d"] | None:
-        return self._changes[layer] @ new.keys[n] if layer in self._changes else None
-
-    def _neurons(self, layer: int, old: Float[Tensor, " m"], new: Float[Tensor, " m"]) -> tuple[Neuron, ...]:
-        weight = self._weight(layer)
-        change = self._changes.get(layer)
-        norms = weight.norm(dim=0)
-        chosen = (old.abs() * norms).topk(min(self._settings.neurons, len(norms))).indices.tolist()
-        return tuple(
-            Neuron(
-                index=i,
-                key=float(old[i]),
-                key_after=float(new[i]),
-                norm=float(norms[i]),
-                before=self._promoted(old[i] * weight[:, i]),
-                after=self._promoted(new[i] * (weight[:, i] + (change[:, i] if change is not None else 0))),
-            )
-            for i in chosen
-        )
-
-    def _promoted(self, vector: Float[Tensor, " d"]) -> Promoted:
-        found = (self._head @ vector).topk(min(self._settings.tokens, self.vocabulary))
-        return Promoted(
-            tokens=tuple(str(self._model.tokenizer.decode([t])) for t in found.indices.tolist()),
-            logits=tuple(found.values.tolist()),
-        )
-
-    def _rank(self, vector: Float[Tensor, " d"], token: int) -> float:
-        logits = self._head @ vector
-        return float((logits > logits[token]).sum() + 1)
-
-    def _weight(self, layer: int) -> Float[Tensor, "d m"]:
-        if layer not in self._weights:
-            weight = weight_of(self._model, layer).detach().double().cpu()
-            self._weights[layer] = weight.T if isinstance(self._model.down_projection(layer), Conv1D) else weight
-        return self._weights[layer]
 
 
 def _first_token(model: EditableModel, question: Question, target: str, index: int) -> int:

@@ -26,7 +26,7 @@ from errata.editor.errors import (
     NoCausalSiteError,
 )
 from errata.editor.evaluation import Metric, Probe
-from errata.editor.measurements.questions import Cancelled, Progress
+from errata.editor.measurements.questions import Cancelled, Progress, said_to
 from errata.editor.measurements.swept import SweepResult, SweepSettings
 from errata.editor.methods import EditSettings, check_settings, edit, solve_layer
 from errata.editor.mixed import MixedDeltas, version_factors
@@ -134,7 +134,8 @@ def _editable(
 ) -> tuple[list[tuple[int, SweepRequest]], list[str]]:
     """The requests that ask for something new, each with its index, and a line for each other."""
     check_batch(tuple(r.request for r in requests))
-    told = model.generate([r.request.contexts[0].prompt for r in requests])
+    firsts = [r.request.contexts[0].prompt for r in requests]
+    told = said_to(model, firsts, lambda i: f"requests[{i}].contexts[0]")
     kept, skipped = [], []
     for i, (swept, answer) in enumerate(zip(requests, told, strict=True)):
         first = swept.request.contexts[0]

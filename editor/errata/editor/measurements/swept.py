@@ -205,9 +205,9 @@ class SweepResult:
     def _caption(self) -> str:
         how = "one batch of" if self.settings.together else "single edits,"
         return (
-            f"{self.settings.method.value}, {how} n = {counted(len(self.requests), 'request')}; AIE of n = "
-            f"{counted(len(self.effects), 'question')}, window of {counted(self.window, 'layer')}, total effect {self.total_effect:.2f}; 95 % bootstrap intervals over "
-            "requests and over questions"
+            f"{self.settings.method.value}, {how} n = {counted(len(self.requests), 'request')}; AIE of "
+            f"n = {counted(len(self.effects), 'question')}, window of {counted(self.window, 'layer')}, total effect "
+            f"{self.total_effect:.2f}; 95 % bootstrap intervals over requests and over questions"
         )
 
     def _table(self) -> Table:

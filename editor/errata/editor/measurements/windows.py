@@ -132,10 +132,10 @@ class WindowResult:
             name=f"windows_{component.value}",
             title=f"{COMPONENTS[component]}: best layer at the constraint's last token",
             x_label="window (layers)",
-            y_label="average indirect effect (share of the total effect)",
+            y_label="AIE (share of total effect)",
             x=np.array(self.windows, dtype=np.float64),
             lines=tuple(g.best(component) for g in self.groups),
-            caption=f"The layer is chosen for each window; {self._counts()}; {INTERVAL}",
+            caption=f"Average indirect effect; the layer is chosen for each window; {self._counts()}; {INTERVAL}",
         )
 
     def _by_layer(self, component: Component) -> HeatMap:

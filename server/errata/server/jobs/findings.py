@@ -6,7 +6,7 @@ import math
 
 from google.protobuf.json_format import MessageToJson
 
-from errata.editor.measurements.drawing import captioned, draw, page, png, svg
+from errata.editor.measurements.drawing import Plate, page, plate
 from errata.editor.measurements.findings import Findings
 from errata.editor.measurements.questions import Progress
 from errata.server.conversion.findings import findings_message
@@ -16,13 +16,13 @@ FINDINGS, NUMBERS, PAGE = "findings.json", "numbers.csv", "page.html"
 
 def findings_files(findings: Findings, progress: Progress) -> dict[str, bytes]:
     """Each plot as PNG and SVG, all of them on a page, the numbers as a table, and everything as JSON."""
-    drawn: dict[str, bytes] = {}
-    for i, plot in enumerate(captioned(findings)):
-        figure = draw(plot)
-        drawn |= {f"{plot.name}.png": png(figure), f"{plot.name}.svg": svg(figure)}
-        progress(i + 1, len(findings.plots))
+    plates: list[Plate] = []
+    for plot in findings.plots:
+        plates.append(plate(findings, plot))
+        progress(len(plates), len(findings.plots))
+    drawn = {f"{p.name}.{suffix}": file for p in plates for suffix, file in (("png", p.png), ("svg", p.svg))}
     whole = MessageToJson(findings_message(findings), preserving_proto_field_name=True, ensure_ascii=False)
-    shown = page([findings], title=findings.title)
+    shown = page([findings], title=findings.title, plates=[plates])
     return {**drawn, PAGE: shown.encode(), FINDINGS: whole.encode(), NUMBERS: _numbers(findings)}
 
 

@@ -24,7 +24,7 @@ _Text = Annotated[str, Field(pattern=r"\S", max_length=1_000)]
 _Many = Annotated[int, Field(ge=1, le=100_000)]
 _Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
-AtlasData = Literal["single", "textual", "multi", "hard", "errata"]
+AtlasData = Literal["single", "textual", "multi", "hard", "errata", "counterfactual"]
 """Atlas's own questions: about a picture, in words, with both, about pictures seen badly; and its outdated facts."""
 
 

@@ -1,13 +1,13 @@
 """A cell's questions and edits: Atlas's own, or those of files; `n` of them drawn by the seed."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
 
-from errata.editor.atlas.facts import edit_requests, errata, probes
+from errata.editor.atlas.facts import Fact, counterfactual, edit_requests, errata, probes
 from errata.editor.atlas.hard import hard_questions
 from errata.editor.atlas.measured import multi_questions, single_questions, textual_questions
 from errata.editor.datasets.loading import load
@@ -26,7 +26,7 @@ _CONTEXTS = 32
 """Renderings and phrasings of one of Atlas's edits: what twice as many add is small."""
 
 _PROBES = 2
-"""Of each kind for one of Atlas's facts; and as many other countries and unrelated questions for each fact."""
+"""Of each kind for one of Atlas's facts, and twice as many other countries and unrelated questions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,11 +56,11 @@ def questions_of(data: Sequence[DataEntry], folder: Path, seed: int) -> Question
 
 
 def edits_of(data: Sequence[DataEntry], folder: Path, seed: int) -> Edits:
-    """The edits of all sets: Atlas's outdated facts, or each question to its answer.
+    """The edits of all sets: Atlas's facts, or each question to its answer.
 
     Raises InvalidInputError where there is none.
     """
-    found = [_errata(entry, seed) if entry.atlas == "errata" else _edits(entry, folder, seed) for entry in data]
+    found = [_atlas(entry, seed) if entry.atlas in _FACTS else _edits(entry, folder, seed) for entry in data]
     return Edits(
         requests=tuple(r for each in found for r in each.requests),
         probes=tuple(p for each in found for p in each.probes),
@@ -81,8 +81,8 @@ def edited_questions(edits: Edits) -> Questions:
 
 def _questions(entry: DataEntry, folder: Path, seed: int) -> Questions:
     match entry.atlas, entry.n:
-        case "errata", _:
-            return edited_questions(_errata(entry, seed))
+        case "errata" | "counterfactual", _:
+            return edited_questions(_atlas(entry, seed))
         case str(kind), int(n):
             made = {"single": single_questions, "textual": textual_questions, "multi": multi_questions}
             asked = made[kind](n, seed) if kind in made else hard_questions(n, seed=seed)
@@ -116,12 +116,28 @@ def _edits(entry: DataEntry, folder: Path, seed: int) -> Edits:
     return Edits(requests=requests, probes=own_probes(requests), skipped=(*asked.skipped, *unanswered))
 
 
-def _errata(entry: DataEntry, seed: int) -> Edits:
-    facts = _drawn(errata(), entry.n, seed)
-    return Edits(
-        requests=edit_requests(facts, contexts=_CONTEXTS, seed=seed),
-        probes=probes(facts, seed=seed, per_fact=_PROBES, others=_PROBES * len(facts)),
-    )
+def _atlas(entry: DataEntry, seed: int) -> Edits:
+    """Atlas's outdated facts, or facts changed to what is not true: each an edit of its own, with probes of its own."""
+    assert entry.atlas is not None
+    requests, judged = [], list[Probe]()
+    for fact in _FACTS[entry.atlas](entry.n, seed):
+        (request,) = edit_requests([fact], contexts=_CONTEXTS, seed=seed)
+        requests.append(request)
+        own = probes([fact], seed=seed, per_fact=_PROBES, others=2 * _PROBES)
+        judged += [replace(probe, request=request.name) for probe in own]
+    return Edits(requests=tuple(requests), probes=tuple(judged))
+
+
+def _counterfactual(n: int | None, seed: int) -> Sequence[Fact]:
+    assert n is not None
+    return counterfactual(n, seed=seed)
+
+
+_FACTS: Mapping[str, Callable[[int | None, int], Sequence[Fact]]] = {
+    "errata": lambda n, seed: _drawn(errata(), n, seed),
+    "counterfactual": _counterfactual,
+}
+"""Atlas's facts to edit."""
 
 
 def _drawn(given: Sequence[T], n: int | None, seed: int) -> Sequence[T]:
