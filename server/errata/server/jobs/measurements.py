@@ -53,6 +53,17 @@ class Subject:
 Measure = Callable[[Subject], Measured]
 """The work of one kind."""
 
+OF_QUESTIONS: Mapping[str, Callable[..., Measured]] = {
+    "noise": measure_noise,
+    "constraints": measure_constraints,
+    "windows": measure_windows,
+    "attention": measure_attention,
+    "failure": measure_failure,
+    "knockout": measure_knockout,
+    "lens": measure_lens,
+}
+"""Kinds that ask a model questions and need no more."""
+
 
 class MeasurementWork:
     """Measures. `outbox_notify` wakes whoever tells MLflow; None where nobody does."""
@@ -167,13 +178,7 @@ def _sweep(subject: Subject) -> Measured:
 
 
 MEASURES: Mapping[str, Measure] = {
-    "noise": _of_questions(measure_noise),
-    "constraints": _of_questions(measure_constraints),
-    "windows": _of_questions(measure_windows),
-    "attention": _of_questions(measure_attention),
-    "failure": _of_questions(measure_failure),
-    "knockout": _of_questions(measure_knockout),
-    "lens": _of_questions(measure_lens),
+    **{kind: _of_questions(measure) for kind, measure in OF_QUESTIONS.items()},
     "sweep": _sweep,
     "readout": _readout,
 }

@@ -10,24 +10,17 @@ import torch
 from errata.editor.atlas.facts import references as atlas_references
 from errata.editor.checkpoints import ATLAS, load_model
 from errata.editor.delta import Delta, applied, load_delta
-from errata.editor.measurements.attention import measure_attention
-from errata.editor.measurements.constraints import measure_constraints
-from errata.editor.measurements.failure import measure_failure
 from errata.editor.measurements.findings import Findings
-from errata.editor.measurements.knockout import measure_knockout
-from errata.editor.measurements.lens import measure_lens
-from errata.editor.measurements.noise import measure_noise
 from errata.editor.measurements.questions import Cancelled
 from errata.editor.measurements.readout import ReadoutSettings, measure_readout
 from errata.editor.measurements.sweep import SweepRequest, measure_sweep
 from errata.editor.measurements.swept import SweepSettings
-from errata.editor.measurements.windows import measure_windows
 from errata.editor.methods import EditSettings, Method, edit
 from errata.editor.model import EditableModel
 from errata.editor.requests import Context
 from errata.editor.statistics import KeyStatistics, key_statistics
 from errata.server.jobs.auto import trace_edit
-from errata.server.jobs.measurements import Measured
+from errata.server.jobs.measurements import OF_QUESTIONS, Measured
 from errata.server.jobs.references import read_references
 from errata.server.local import LocalVersions
 from errata.server.studies.format import ModelEntry
@@ -161,13 +154,7 @@ def _statistics(work: Work, layers: tuple[int, ...], method: Method) -> KeyStati
 
 
 _MEASURES: Mapping[str, _Measure] = {
-    "noise": _of_questions(measure_noise),
-    "constraints": _of_questions(measure_constraints),
-    "windows": _of_questions(measure_windows),
-    "attention": _of_questions(measure_attention),
-    "failure": _of_questions(measure_failure),
-    "knockout": _of_questions(measure_knockout),
-    "lens": _of_questions(measure_lens),
+    **{kind: _of_questions(measure) for kind, measure in OF_QUESTIONS.items()},
     "sweep": _sweep,
     "readout": _readout,
 }
