@@ -3,12 +3,13 @@
 import re
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import cast
 
 import numpy as np
 import shapes
 import torch
 from measure import Case, Numbers, Way, hooked
-from torch import Tensor
+from torch import Tensor, nn
 
 from errata.editor.measurements.noise import NoiseSettings, constraint_noise, measure_noise
 from errata.editor.measurements.questions import Question
@@ -38,7 +39,7 @@ def case(model: EditableModel, text: str, subject: str, sites: int, draws: int) 
     question = Question(prompt=prompt, constraints=(constraint,), answer=answer)
     clean = model.encode(prompt, answer)
     span = clean.positions(*constraint.span(text))
-    embeddings = model.model.get_input_embeddings()
+    embeddings = cast(nn.Embedding, model.model.get_input_embeddings())
     with torch.no_grad():
         deviation = float(embeddings(clean.ids[span.start : span.stop]).double().std())
     noise = constraint_noise(settings, deviation, len(span), embeddings.embedding_dim)

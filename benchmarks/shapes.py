@@ -6,6 +6,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -41,7 +42,7 @@ def llava(width: int, layers: int, image_tokens: int = 576) -> EditableModel:
             initializer_range=0.3,
         ),
         text_config=_llama(len(tokenizer), width, layers),
-        image_token_id=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
         vision_feature_layer=-1,
         vision_feature_select_strategy="default",
     )
@@ -72,7 +73,7 @@ def gpt2(width: int = 768, layers: int = 12, vocabulary: int = 50257) -> Editabl
     )  # fmt: skip
     model = _editable(GPT2LMHeadModel, config, tokenizer)
     with torch.no_grad():
-        model.model.get_input_embeddings().weight[len(cast(Any, tokenizer)) :] = 0
+        cast(nn.Embedding, model.model.get_input_embeddings()).weight[len(cast(Any, tokenizer)) :] = 0
     return model
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import shapes
 import torch
 from measure import Case, Numbers, Way, hooked
+from PIL import Image
 from torch import Tensor
 
 from errata.editor.atlas.world import COUNTRIES
@@ -62,7 +63,8 @@ def case(kind: str, model: EditableModel, requests: int, steps: int, sampled: in
 
 def _request(model: EditableModel, n: int) -> EditRequest:
     """Another picture each, or another country where the model sees none."""
-    spans, images = ("this country", "this flag"), ()
+    images: tuple[Image.Image, ...] = ()
+    spans = ("this country", "this flag")
     if model.image_token_id is None:
         names = [c.name for c in COUNTRIES]
         spans = (names[n % len(names)],) * 2
@@ -110,10 +112,11 @@ def _loop(
         log: Tensor = logits[0].float().log_softmax(-1)
         return log
 
-    with (
-        torch.no_grad(),
-        hooked(model.layers[layer - 1], lambda output: stream.append(output[0, rows[0][1]]) or output),
-    ):
+    def hear(output: Tensor) -> Tensor:
+        stream.append(output[0, rows[0][1]])
+        return output
+
+    with torch.no_grad(), hooked(model.layers[layer - 1], hear):
         before = [log_probabilities(n, None) for n in range(len(rows))]
     into, start = stream[0], stream[1]
     scale = max(float(into.norm()), float(start.norm()))

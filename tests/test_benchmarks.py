@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -39,9 +40,14 @@ def test_the_short_form_measures_every_way_of_every_group(tmp_path: Path) -> Non
 
 
 def test_ways_that_find_other_numbers_are_not_timed(measure: ModuleType) -> None:
-    timed = []
-    right = measure.Way(name="right", run=lambda: timed.append(1) or np.array([1.0, 2.0]))
-    wrong = measure.Way(name="wrong", run=lambda: timed.append(1) or np.array([1.0, 2.1]))
+    timed: list[float] = []
+
+    def found(last: float) -> np.ndarray:
+        timed.append(last)
+        return np.array([1.0, last])
+
+    right = measure.Way(name="right", run=partial(found, 2.0))
+    wrong = measure.Way(name="wrong", run=partial(found, 2.1))
     with pytest.raises(AssertionError, match="wrong finds other numbers"):
         measure.measured(measure.Case(name="sum", about="", ways=[right, wrong]), rounds=1)
     assert not timed  # the numbers were found in processes of their own

@@ -56,18 +56,22 @@ class InverseCovariance(KeyMetric):
     earlier: Float[Tensor, "m p"] | None = None
 
     def times(self, keys: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
-        c = self.covariance.to(torch.float64, copy=True)  # at LLaVA-7B's size a gigabyte, and so is every further one
         mean = self.covariance.diagonal().double().mean()
-        if self.earlier is not None:
-            c.addmm_(self.earlier.double(), self.earlier.double().T, alpha=1 / self.weight)
-        c.diagonal().add_(self.jitter * mean)
-        factor, info = torch.linalg.cholesky_ex(c)
+        factor, info = torch.linalg.cholesky_ex(self._jittered(mean))
         if info.item() or not mean > 0:
             raise IllConditionedError(
                 "the key statistics C₀ are not positive definite: they come from too few reference prompts, or from a "
                 "model whose MLP is dead there; give more prompts or raise `jitter`"
             )
         return torch.cholesky_solve(keys.double(), factor) / self.weight
+
+    def _jittered(self, mean: Tensor) -> Float[Tensor, "m m"]:
+        """M⁻¹ / weight, in one new matrix: at LLaVA-7B's size each further one is a gigabyte."""
+        c = self.covariance.to(torch.float64, copy=True)
+        if self.earlier is not None:
+            c.addmm_(self.earlier.double(), self.earlier.double().T, alpha=1 / self.weight)
+        c.diagonal().add_(self.jitter * mean)
+        return c
 
 
 @dataclass(frozen=True, slots=True)

@@ -202,7 +202,7 @@ def test_an_edit_that_installs_nothing_counts_as_failed_and_is_listed(model: Edi
     assert not found.installed.any()
     assert found.mean("efficacy").tolist() == [0, 0]
     assert found.mean("specificity").tolist() == [1, 1]
-    told = [f"layer {n}: 2 edit(s) installed nothing (NO_CAUSAL_SITE) and count as failed: rome, paris" for n in (1, 2)]
+    told = [f"layer {n}: 2 edits installed nothing (NO_CAUSAL_SITE), counted as failed: rome, paris" for n in (1, 2)]
     assert list(found.failed) == told
     assert [row[0] for row in found.findings().tables[1].rows][:2] == told
     assert found.skipped == ()
@@ -304,6 +304,9 @@ def test_bad_input_is_refused_with_its_place(llama: EditableModel) -> None:
         with pytest.raises(InvalidInputError, match="drop the image") as caught:
             swept(llama, requests=[one, replace(two, request=bad)])
         assert caught.value.field == f"requests[1].{part}[1].prompt.images"
+    with pytest.raises(InvalidInputError, match="drop the image") as refused:
+        swept(llama, requests=[one, replace(two, request=replace(two.request, contexts=(shown,)))])
+    assert refused.value.field == "requests[1].contexts[0].prompt.images"
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,8 @@ def _bad(change: str) -> measurement_pb2.CreateMeasurementRequest:
             del asked.constraints[:]
         case "constraint not there":
             asked.constraints[0].text = "this contry"
+        case "overlapping constraints":
+            asked.constraints.add(text="of Estonia")
         case "a corruption too many":
             asked.corruptions.add(substitute="Paris")
             asked.corruptions.add(substitute="Rome")
@@ -149,6 +151,8 @@ def _bad(change: str) -> measurement_pb2.CreateMeasurementRequest:
             request.noise.draws = 10_001
         case "infinite noise":
             request.noise.noise = float("inf")
+        case "a component twice":
+            request.noise.components.extend([1, 1])
         case "unknown component":
             request.noise.components.append(99)  # type: ignore[arg-type]
         case "unknown flow":
@@ -169,6 +173,7 @@ def _bad(change: str) -> measurement_pb2.CreateMeasurementRequest:
         ("no prompt", "questions[0].prompt"),
         ("no constraint", "questions[0].constraints"),
         ("constraint not there", "questions[0].constraints[0].text"),
+        ("overlapping constraints", "questions[0].constraints[1]"),
         ("a corruption too many", "questions[0].corruptions"),
         ("an empty corruption", "questions[0].corruptions[0].corruption"),
         ("no other image", "questions[0].corruptions[0].other_images.images"),
@@ -177,6 +182,7 @@ def _bad(change: str) -> measurement_pb2.CreateMeasurementRequest:
         ("no draws", "noise.draws"),
         ("too many draws", "noise.draws"),
         ("infinite noise", "noise.noise"),
+        ("a component twice", "noise.components"),
         ("unknown component", "noise.components[1]"),
         ("unknown flow", "attention.flows"),
         ("unknown pair", "knockout.pairs"),

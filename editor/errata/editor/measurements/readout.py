@@ -9,7 +9,7 @@ exactly what an edit wrote there.
 """
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -179,22 +179,11 @@ def measure_readout(
     that ΔW k is with the edited model's own key. Raises InvalidInputError and its kinds, WrongBaseError and DeltaError
     for a delta of another model, CancelledError. A question whose answer is empty is skipped.
     """
-    edited = tuple(sorted(delta.layers)) if delta else ()
-    layers = settings.layers or edited or tuple(range(len(model.layers)))
-    model.check_layers(layers, field="layers")
-    if not questions:
-        raise InvalidInputError("no question given", field="questions")
-    if delta:
-        check_base(delta, model)
-        check_fit(delta, model)
+    edited, layers = _layers(model, settings, delta)
     sites = _sites(model, questions)
-
-    def opened() -> AbstractContextManager[object]:
-        return applied(model, delta) if delta else nullcontext()
-
     tell = progress or (lambda *_: None)
     before, said_before = _run(model, questions, sites, layers, settings)
-    with opened():
+    with applied(model, delta) if delta else nullcontext():
         after, said_after = _run(model, questions, sites, layers, settings)
     changes = {i: delta.layers[i].dense() for i in edited} if delta else {}
     reader = Reader(model, changes, neurons=settings.neurons, tokens=settings.tokens)
@@ -233,7 +222,22 @@ def measure_readout(
     )
 
 
+def _layers(
+    model: EditableModel, settings: ReadoutSettings, delta: Delta | None
+) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The layers that are edited, and those that are read. Raises LayerError, WrongBaseError and DeltaError."""
+    edited = tuple(sorted(delta.layers)) if delta else ()
+    layers = settings.layers or edited or tuple(range(len(model.layers)))
+    model.check_layers(layers, field="layers")
+    if delta:
+        check_base(delta, model)
+        check_fit(delta, model)
+    return edited, layers
+
+
 def _sites(model: EditableModel, questions: Sequence[Question]) -> list[tuple[Encoded, int]]:
+    if not questions:
+        raise InvalidInputError("no question given", field="questions")
     return [
         model.encode_at(Context(prompt=q.prompt, constraint=q.constraints[0]), field=f"questions[{i}]")
         for i, q in enumerate(questions)

@@ -31,6 +31,7 @@ from errata.editor.measurements.swept import SweepResult, SweepSettings
 from errata.editor.methods import EditSettings, check_settings, edit, solve_layer
 from errata.editor.mixed import MixedDeltas, version_factors
 from errata.editor.model import EditableModel, by_length, same_answer
+from errata.editor.report.wording import counted
 from errata.editor.requests import EditRequest, check_batch
 from errata.editor.states import Component, record
 from errata.editor.statistics import KeyStatistics
@@ -96,10 +97,6 @@ def measure_sweep(
         passed += judge.passed
     tell(len(kept) * len(layers), len(kept) * len(layers))
     measures, shares = _shares(passed, len(layers))
-    failed = [
-        f"layer {layer}: {len(names)} edit(s) installed nothing ({reason}) and count as failed: {', '.join(names)}"
-        for (layer, reason), names in failures.items()
-    ]
     return SweepResult(
         settings=settings,
         layers=layers,
@@ -111,9 +108,14 @@ def measure_sweep(
         effects=effects,
         total_effect=trace.total_effect,
         window=trace.window,
-        failed=tuple(failed),
+        failed=tuple(_failed(layer, reason, names) for (layer, reason), names in failures.items()),
         skipped=tuple(skipped),
     )
+
+
+def _failed(layer: int, reason: str, names: Sequence[str]) -> str:
+    edits = counted(len(names), "edit")
+    return f"layer {layer}: {edits} installed nothing ({reason}), counted as failed: {', '.join(names)}"
 
 
 def _effects(model: EditableModel, trace: AveragedTrace) -> Float[NDArray[np.float64], "traced layers"]:
