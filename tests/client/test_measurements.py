@@ -63,6 +63,7 @@ def test_a_question_goes_out_as_it_was_given(client: Errata, fake: Fake) -> None
         corruptions=[OtherImages(b"other"), "yen"],
         answer="yes",
         box=Box(0, 0.25, 0.5, 1),
+        kinds=["visual", "textual"],
     )
     settings = NoiseSettings(noise=3, draws=0, components=["mlp", Component.LAYER])
     client.validate_measurement("atlas@0", settings, [asked, QUESTION])
@@ -73,7 +74,12 @@ def test_a_question_goes_out_as_it_was_given(client: Errata, fake: Fake) -> None
     assert [c.WhichOneof("corruption") for c in first.corruptions] == ["other_images", "substitute"]
     assert first.corruptions[0].other_images.images[0].data == b"other"
     assert (first.answer, first.box.top, first.box.right) == ("yes", 0.25, 0.5)
+    assert list(first.kinds) == [
+        measurement_pb2.CONSTRAINT_KIND_VISUAL,
+        measurement_pb2.CONSTRAINT_KIND_TEXTUAL,
+    ]
     assert not second.HasField("box")
+    assert not second.kinds
     assert [c.text for c in second.constraints] == ["Kazakhstan"]
     assert request.WhichOneof("settings") == "noise"
     assert request.noise == measurement_pb2.NoiseSettings(noise=3, draws=0, components=[1, 3])
@@ -150,3 +156,10 @@ def test_lists_show_measurements_without_waiting(client: Errata) -> None:
     name = client.measure("atlas", "lens", [QUESTION]).name
     assert [each.name for each in client.measurements("atlas")] == [name]
     assert client.operation(client.get_measurement(name)).result().job.state == "succeeded"
+
+
+def test_a_kind_of_constraint_that_there_is_not_is_refused_before_it_goes_out(client: Errata) -> None:
+    asked = MeasuredQuestion(CAPITAL, "Kazakhstan", kinds=["spoken"])
+    with pytest.raises(InvalidInputError, match=r"'spoken'; give one of visual, textual") as refused:
+        client.validate_measurement("atlas", "knockout", [asked])
+    assert refused.value.field == "questions[0].kinds[0]"

@@ -38,6 +38,20 @@ def climbed(model: EditableModel, recordings: list[Recording], starts: list[int]
         return [row[:n] for row, n in zip(suffix.logits(hidden), suffix.lengths, strict=True)]
 
 
+def test_several_rows_continue_each_recording_in_turn(model: EditableModel) -> None:
+    rows = rows_of(model)
+    starts = starts_of(rows)
+    suffix = Suffix(model, record(model, rows, starts), starts)
+    once = suffix.inputs(1)
+    thrice = once.repeat(3, 1, 1)
+    with suffix, torch.no_grad():
+        for layer in range(1, len(model.layers)):
+            once, thrice = suffix.run(layer, once), suffix.run(layer, thrice)
+    for n, row in enumerate(thrice):
+        recording = n % len(rows)
+        close(row[: suffix.lengths[recording]], once[recording, : suffix.lengths[recording]])
+
+
 def test_a_recording_holds_what_the_full_model_computed(model: EditableModel) -> None:
     rows = rows_of(model)
     starts = starts_of(rows)

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from errata.editor.datasets.records import Kind
 from errata.editor.delta import Delta
 from errata.editor.errors import (
     ConstraintNotFoundError,
@@ -72,7 +73,7 @@ from errata.server.ledger.rows import (
     VersionRow,
 )
 from errata.server.names import VersionRef
-from errata.v1 import common_pb2, edit_pb2, evaluation_pb2, inference_pb2, model_pb2, trace_pb2
+from errata.v1 import common_pb2, edit_pb2, evaluation_pb2, inference_pb2, measurement_pb2, model_pb2, trace_pb2
 
 NAN = math.nan
 NOON = datetime(2026, 7, 1, 12, tzinfo=UTC)
@@ -843,3 +844,13 @@ def test_aliases_models_and_the_record_are_told() -> None:
         )
     )
     assert (entry.actor, entry.action, json.loads(entry.details_json)) == ("ci", "edit.create", {"a": 1})
+
+
+def test_what_a_constraint_refers_to_is_what_the_caller_says_of_it() -> None:
+    """An image does not make a constraint in words visual; without a word of it, it does."""
+    asked = measurement_pb2.MeasuredQuestion(
+        prompt=prompt(images=1), constraints=[common_pb2.Constraint(text="Estonia")]
+    )
+    assert DECODER.question(asked, "questions[0]").kind(0) is Kind.VISUAL
+    asked.kinds.append(measurement_pb2.CONSTRAINT_KIND_TEXTUAL)
+    assert DECODER.question(asked, "questions[0]").kind(0) is Kind.TEXTUAL

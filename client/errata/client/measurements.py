@@ -38,7 +38,8 @@ class MeasuredQuestion:
 
     `constraints` are one or several, a visual one first; `corruptions` make them wrong, one each, where the kind needs
     that. `answer` is the right answer, and what the version answers otherwise is left out; None: what it answers.
-    `box` is the part of the image that holds what is asked about.
+    `box` is the part of the image that holds what is asked about. `kinds` say of each constraint whether it refers to
+    the image, "visual", or is "textual"; none given: the first is visual where the prompt has an image.
     """
 
     prompt: PromptLike
@@ -46,6 +47,7 @@ class MeasuredQuestion:
     corruptions: Corruption | Sequence[Corruption] = field(default=(), kw_only=True)
     answer: str | None = field(default=None, kw_only=True)
     box: Box | None = field(default=None, kw_only=True)
+    kinds: Sequence[str] = field(default=(), kw_only=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

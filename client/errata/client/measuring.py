@@ -94,7 +94,15 @@ def _question(given: MeasuredQuestion, field: str) -> measurement_pb2.MeasuredQu
         corruptions=[_corruption(each, f"{field}.corruptions[{i}]") for i, each in enumerate(corruptions)],
         answer=given.answer,
         box=None if given.box is None else _box(given.box),
+        kinds=[_kind(each, f"{field}.kinds[{i}]") for i, each in enumerate(given.kinds)],
     )
+
+
+def _kind(given: str, field: str) -> measurement_pb2.ConstraintKind.ValueType:
+    words = words_of(measurement_pb2.MeasuredQuestion.DESCRIPTOR.fields_by_name["kinds"])
+    if given not in words:
+        raise InvalidInputError.at(field, f"no kind of constraint is called {given!r}; give one of {', '.join(words)}")
+    return measurement_pb2.ConstraintKind.ValueType(words[given])
 
 
 def _box(given: Box) -> measurement_pb2.Box:

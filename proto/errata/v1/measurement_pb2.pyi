@@ -23,6 +23,30 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _ConstraintKind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ConstraintKindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ConstraintKind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    CONSTRAINT_KIND_UNSPECIFIED: _ConstraintKind.ValueType  # 0
+    """Never sent."""
+    CONSTRAINT_KIND_VISUAL: _ConstraintKind.ValueType  # 1
+    """The image: "this country"."""
+    CONSTRAINT_KIND_TEXTUAL: _ConstraintKind.ValueType  # 2
+    """Something named in words: "Estonia"."""
+
+class ConstraintKind(_ConstraintKind, metaclass=_ConstraintKindEnumTypeWrapper):
+    """What a constraint refers to."""
+
+CONSTRAINT_KIND_UNSPECIFIED: ConstraintKind.ValueType  # 0
+"""Never sent."""
+CONSTRAINT_KIND_VISUAL: ConstraintKind.ValueType  # 1
+"""The image: "this country"."""
+CONSTRAINT_KIND_TEXTUAL: ConstraintKind.ValueType  # 2
+"""Something named in words: "Estonia"."""
+Global___ConstraintKind: _TypeAlias = ConstraintKind  # noqa: Y015
+
 class _Keys:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -122,6 +146,7 @@ class MeasuredQuestion(_message.Message):
     CORRUPTIONS_FIELD_NUMBER: _builtins.int
     ANSWER_FIELD_NUMBER: _builtins.int
     BOX_FIELD_NUMBER: _builtins.int
+    KINDS_FIELD_NUMBER: _builtins.int
     answer: _builtins.str
     """The right answer; the question is left out where the version answers something else. Optional; default: what the
     version answers.
@@ -142,6 +167,12 @@ class MeasuredQuestion(_message.Message):
     def box(self) -> Global___Box:
         """The part of the image that holds what is asked about. Optional; some kinds make use of it."""
 
+    @_builtins.property
+    def kinds(self) -> _containers.RepeatedScalarFieldContainer[Global___ConstraintKind.ValueType]:
+        """What each constraint refers to, in the same order. Optional; default: the first one to the image where the prompt
+        has one, all others to something named in words.
+        """
+
     def __init__(
         self,
         *,
@@ -150,10 +181,11 @@ class MeasuredQuestion(_message.Message):
         corruptions: _abc.Iterable[Global___Corruption] | None = ...,
         answer: _builtins.str | None = ...,
         box: Global___Box | None = ...,
+        kinds: _abc.Iterable[Global___ConstraintKind.ValueType] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_answer", b"_answer", "answer", b"answer", "box", b"box", "prompt", b"prompt"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_answer", b"_answer", "answer", b"answer", "box", b"box", "constraints", b"constraints", "corruptions", b"corruptions", "prompt", b"prompt"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_answer", b"_answer", "answer", b"answer", "box", b"box", "constraints", b"constraints", "corruptions", b"corruptions", "kinds", b"kinds", "prompt", b"prompt"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__answer: _TypeAlias = _typing.Literal["answer"]  # noqa: Y015
     _WhichOneofArgType__answer: _TypeAlias = _typing.Literal["_answer", b"_answer"]  # noqa: Y015

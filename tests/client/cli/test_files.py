@@ -250,6 +250,7 @@ def test_a_data_set_is_measured_with_its_visual_constraint_first(tmp_path: Path)
         corruptions=[OtherImages(flag), "yen"],
         answer="yes",
         box=Box(0, 0, 1, 0.5),
+        kinds=("visual", "textual"),
     )
 
 

@@ -145,6 +145,10 @@ def _bad(change: str) -> measurement_pb2.CreateMeasurementRequest:
             asked.answer = " "
         case "a box outside":
             asked.box.CopyFrom(measurement_pb2.Box(left=0.5, top=0, right=1.5, bottom=1))
+        case "a kind too many":
+            asked.kinds.extend([1, 2])
+        case "an unknown kind":
+            asked.kinds.append(9)  # type: ignore[arg-type]
         case "no draws":
             request.noise.draws = 0
         case "too many draws":
@@ -179,6 +183,8 @@ def _bad(change: str) -> measurement_pb2.CreateMeasurementRequest:
         ("no other image", "questions[0].corruptions[0].other_images.images"),
         ("a blank answer", "questions[0].answer"),
         ("a box outside", "questions[0].box"),
+        ("a kind too many", "questions[0].kinds"),
+        ("an unknown kind", "questions[0].kinds[0]"),
         ("no draws", "noise.draws"),
         ("too many draws", "noise.draws"),
         ("infinite noise", "noise.noise"),

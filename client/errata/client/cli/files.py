@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Protocol, TypeVar, cast
+from typing import Annotated, Literal, Protocol, TypeVar, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
@@ -130,6 +130,7 @@ class _ConstraintEntry(_Entry):
 
     text: _Text
     occurrence: int | None = None
+    kind: Literal["visual", "textual"] | None = None
 
 
 class _CorruptionEntry(_Entry):
@@ -169,6 +170,7 @@ class _TracedEntry(_Asked):
             ],
             answer=self.answer,
             box=Box(*self.box) if self.box else None,
+            kinds=tuple(each.kind for each in self.constraints if each.kind),
         )
 
     def question(self, folder: Path) -> TracedQuestion:
@@ -292,10 +294,10 @@ def questions(path: Path) -> list[TracedQuestion]:
 def measured(path: Path) -> list[MeasuredQuestion]:
     """The questions to measure of a YAML or JSONL file: a list, or a mapping with `questions`. Raises FileError.
 
-    A question has `prompt`; `constraint`, or several in `constraints`, each a text or a mapping of `text` and
-    `occurrence`; and any of `image`, `answer`, `box`, `raw`. What makes it wrong is a `substitute` or an `other_image`,
-    or several in `corruptions`, each a text or a mapping with one of them. Files of data sets (docs/datasets.md) and of
-    known facts are read, too.
+    A question has `prompt`; `constraint`, or several in `constraints`, each a text or a mapping of `text`,
+    `occurrence` and `kind`; and any of `image`, `answer`, `box`, `raw`. What makes it wrong is a `substitute` or an
+    `other_image`, or several in `corruptions`, each a text or a mapping with one of them. Files of data sets
+    (docs/datasets.md) and of known facts are read, too.
     """
     source = _Entries.of(_source(path))
     entries = _checked(source, "questions", _TracedFile).questions

@@ -37,7 +37,7 @@ def _of_data_set(line: Mapping[str, object]) -> Mapping[str, object]:
         return entry
     # A visual constraint stands first; the sort leaves the others as they are.
     ordered = sorted(constraints, key=lambda each: each.get("kind") != "visual")
-    entry["constraints"] = [_without(each, "kind", "substitute", "other_images") for each in ordered]
+    entry["constraints"] = [_without(each, "substitute", "other_images") for each in ordered]
     wrong = [{name: each[key] for key, name in _CORRUPTIONS.items() if key in each} for each in ordered]
     if any(wrong):
         entry["corruptions"] = wrong

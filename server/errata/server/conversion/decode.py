@@ -17,7 +17,7 @@ from errata.editor.prompts import Constraint, Prompt
 from errata.editor.requests import Context, EditRequest, check_batch
 from errata.editor.trace import Corruption, OtherImage, Substitution, TraceRequest, TraceSettings
 from errata.server.conversion import limits
-from errata.server.conversion.enums import COMPONENTS, METHODS, METRICS
+from errata.server.conversion.enums import COMPONENTS, CONSTRAINT_KINDS, METHODS, METRICS
 from errata.server.conversion.limits import joined
 from errata.server.conversion.measuring import SWEEP, kind_of, settings_of
 from errata.server.conversion.orders import (
@@ -139,6 +139,10 @@ class Decoder:
                 corruptions=corruptions,
                 answer=answer,
                 box=_box(message.box) if message.HasField("box") else None,
+                kinds=tuple(
+                    CONSTRAINT_KINDS[limits.member(CONSTRAINT_KINDS, kind, f"{joined(field, 'kinds')}[{i}]")]
+                    for i, kind in enumerate(message.kinds)
+                ),
             )
         except InvalidInputError as error:
             raise _within(error, field) from None

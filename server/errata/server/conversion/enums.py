@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 
+from errata.editor.datasets.records import Kind
 from errata.editor.evaluation import Metric
 from errata.editor.methods import Method
 from errata.editor.states import Component
 from errata.server.ledger.rows import JobState, PublishState
-from errata.v1 import common_pb2, edit_pb2, evaluation_pb2, model_pb2, trace_pb2
+from errata.v1 import common_pb2, edit_pb2, evaluation_pb2, measurement_pb2, model_pb2, trace_pb2
 
 METHODS = {value: Method[name.removeprefix("METHOD_")] for name, value in edit_pb2.Method.items()[1:]}
 """The proto's Method → the editor's; METHOD_UNSPECIFIED is left to the default."""
@@ -16,6 +17,11 @@ METRICS = {value: Metric[name.removeprefix("METRIC_")] for name, value in evalua
 
 COMPONENTS = {value: Component[name.removeprefix("COMPONENT_")] for name, value in trace_pb2.Component.items()[1:]}
 """The proto's Component → the editor's."""
+
+CONSTRAINT_KINDS = {
+    value: Kind[name.removeprefix("CONSTRAINT_KIND_")] for name, value in measurement_pb2.ConstraintKind.items()[1:]
+}
+"""The proto's ConstraintKind → the editor's."""
 
 METHOD_VALUES = {method: value for value, method in METHODS.items()}
 METRIC_VALUES = {metric: value for value, metric in METRICS.items()}

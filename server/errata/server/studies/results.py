@@ -14,7 +14,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from PIL import Image
 
-from errata.editor.measurements.drawing import captioned, draw, png, section, svg
+from errata.editor.measurements.drawing import plate, section
 from errata.editor.measurements.findings import (
     Findings,
     Grid,
@@ -71,10 +71,10 @@ class Place:
 
 def cell_files(findings: Findings, anchor: str) -> dict[str, bytes]:
     """All files of a cell: each plot as PNG and SVG, the findings, and their part of the page."""
-    files = {FINDINGS: _said(findings), SECTION: section(findings, anchor=anchor).encode()}
-    for plot in captioned(findings):
-        figure = draw(plot)
-        files |= {f"{plot.name}.png": png(figure), f"{plot.name}.svg": svg(figure)}
+    plates = [plate(findings, plot) for plot in findings.plots]
+    files = {FINDINGS: _said(findings), SECTION: section(findings, anchor=anchor, plates=plates).encode()}
+    for each, plot in zip(plates, findings.plots, strict=True):
+        files |= {f"{each.name}.png": each.png, f"{each.name}.svg": each.svg}
         if isinstance(plot, Overlay):
             files[_PICTURE.format(plot.name)] = _encoded(plot.image)
     return files
