@@ -28,9 +28,10 @@ SEED = 4
 
 @pytest.fixture(scope="module", autouse=True)
 def every_core() -> Iterator[None]:
-    """Atlas is large enough for all of them, unlike the tiny models."""
+    """Atlas is large enough for all of them that no other process of tests uses, unlike the tiny models."""
     before = torch.get_num_threads()
-    torch.set_num_threads(os.cpu_count() or 1)
+    processes = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
     yield
     torch.set_num_threads(before)
 
