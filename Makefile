@@ -4,7 +4,7 @@ TORCH  ?= 2.13.0
 ARGS   ?=
 BIN    := .venv/bin
 # A process a core, with a file's tests in one; products this small are not worth a second thread.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # Nothing here downloads a model: the Atlas checkpoint ships with the package.
 export HF_HUB_OFFLINE := 1

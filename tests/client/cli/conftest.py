@@ -39,7 +39,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs a command line in this process. Nothing of the outer environment is seen."""
-    for name in [each for each in os.environ if each.startswith("ERRATA_")]:
+    for name in [each for each in os.environ if each.startswith("ERRATA_") or each == "COLUMNS"]:
         monkeypatch.delenv(name)
 
     def ran(*arguments: object) -> Ran:
