@@ -48,6 +48,15 @@ def test_a_csv_without_its_images_is_a_wrong_command_line(run: Run, tmp_path: Pa
     assert run("dataset", "validate", written(tmp_path, LINE), "--images", tmp_path).code == 2
 
 
+@pytest.mark.usefixtures("installed")
+def test_a_path_where_nothing_is_is_a_wrong_command_line_and_no_fault_of_ours(run: Run, tmp_path: Path) -> None:
+    for path in (tmp_path / "nowhere", tmp_path):
+        ran = run("dataset", "validate", path)
+        assert ran.code == 2
+        assert str(path) in ran.err
+        assert "fault of errata" not in ran.err
+
+
 def test_without_a_reader_the_remedy_is_named(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("errata.client.cli.datasets.GROUP", "errata.nobody")
     ran = run("dataset", "validate", written(tmp_path, LINE))

@@ -62,12 +62,23 @@ def dataset(
     """
     if (path.suffix.lower() == ".csv") != (images is not None) or (answers is not None and images is None):
         raise UsageError("a CSV of VQA-Constraints needs --images FOLDER; other data sets name their own images")
-    found = _validator()(path, images=images, answers=answers)
+    found = _validated(path, images, answers)
     problems = [str(problem) for problem in found.problems]
     result = {"counts": dict(found.counts), "problems": problems, "skipped": list(found.skipped)}
     session.output.show(result, *_said(found, problems))
     if not found.complete:
         raise typer.Exit(NO)
+
+
+def _validated(path: Path, images: Path | None, answers: Path | None) -> Validation:
+    validate = _validator()
+    try:
+        return validate(path, images=images, answers=answers)
+    except Exception as error:
+        # Of a package that this one does not import: what it raises on purpose has a reason.
+        if hasattr(error, "reason"):
+            raise UsageError(str(error)) from error
+        raise
 
 
 def _said(found: Validation, problems: Sequence[str]) -> list[RenderableType]:

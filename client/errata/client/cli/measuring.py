@@ -103,7 +103,7 @@ def _parts(output: Output, done: Measurement, found: Findings) -> Iterator[Rende
         yield from drawn
     if left := len(found.plots) - len(shown[:_MOST_PLOTS]):
         yield line("")
-        yield line(f"{left} more plots; --out FOLDER writes all of them", "dim")
+        yield line(f"{left} more plots are not drawn here; --out FOLDER writes all", "dim")
     if found.skipped:
         yield line("")
         yield from (line(f"left out: {each}", "dim") for each in found.skipped[:_MOST_SKIPPED])

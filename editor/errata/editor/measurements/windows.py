@@ -194,8 +194,9 @@ def measure_windows(
     for i, question in enumerate(questions):
         if len(question.constraints) != 1 or not question.corruptions:
             raise InvalidInputError(
-                f"{question.prompt.text!r} has {len(question.constraints)} constraint(s) and "
-                f"{len(question.corruptions)} corruption(s); give one of each",
+                f"{question.prompt.text!r} has {counted(len(question.constraints), 'constraint')} and "
+                f"{counted(len(question.corruptions), 'corruption')}; windows are studied with one constraint and its "
+                "corruption, several constraints by the kind constraints",
                 field=f"questions[{i}].corruptions",
             )
     windows = settings.windows or tuple(range(1, min(_WIDEST, len(model.layers)) + 1))
