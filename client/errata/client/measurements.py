@@ -96,8 +96,8 @@ class WindowSettings:
 class AttentionSettings:
     """What attention carries from token to token (Basu et al. 2024). Needs no corruption.
 
-    `flows` are "source:target", each of image, box, outside, constraint, question, last; a source may be several:
-    "image+question:last". `overlays` (4) are images shown with what their patches contribute, `tokens` (10) the rows
+    `flows` are "source->target", each of image, box, outside, constraint, question, last; a source may be several:
+    "image+question->last". `overlays` (4) are images shown with what their patches contribute, `tokens` (10) the rows
     of the table of those that carry most. `batch_size` bounds the questions in one pass.
     """
 

@@ -386,8 +386,8 @@ class AttentionSettings(_message.Message):
     """Rows of the table of tokens that carry most, 0-1000. Optional; default 10."""
     @_builtins.property
     def flows(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """`source:target`, each of image, box, outside, constraint, question, last; a source may be several, joined by "+".
-        At most 100. Optional; default: image:constraint and constraint:last.
+        """`source->target`, each of image, box, outside, constraint, question, last; a source may be several, joined by "+".
+        At most 100. Optional; default: image->constraint and constraint->last.
         """
 
     def __init__(
@@ -434,7 +434,7 @@ class FailureSettings(_message.Message):
     DRAWS_FIELD_NUMBER: _builtins.int
     SEED_FIELD_NUMBER: _builtins.int
     flow: _builtins.str
-    """The flow whose contributions predict, as in `AttentionSettings.flows`. Optional; default constraint:last."""
+    """The flow whose contributions predict, as in `AttentionSettings.flows`. Optional; default constraint->last."""
     first_layer: _builtins.int
     """First layer whose contributions count, from 0. Optional; default: the middle third."""
     last_layer: _builtins.int

@@ -22,7 +22,7 @@ from errata.editor.measurements.questions import Question
 from errata.editor.model import EditableModel, Encoded
 from errata.editor.prompts import Constraint, Prompt
 
-IMAGE, LAST = "image:constraint", "constraint:last"
+IMAGE, LAST = "image->constraint", "constraint->last"
 
 
 @cache
@@ -188,7 +188,7 @@ def test_the_target_of_several_constraints_is_the_first_ones_last_token(llava: E
 
 
 def test_several_groups_may_be_one_source(llava: EditableModel) -> None:
-    flows = ("image:last", "constraint:last", "image+constraint:last")
+    flows = ("image->last", "constraint->last", "image+constraint->last")
     result = measure_attention(llava, [asked(llava)], AttentionSettings(flows=flows))
     assert_close(result.layers(flows[2]), result.layers(flows[0]) + result.layers(flows[1]))
 
@@ -263,8 +263,8 @@ def test_one_question_has_no_interval(gpt2: EditableModel) -> None:
         ({"flows": ()}, "flows"),
         ({"flows": (LAST, LAST)}, "flows"),
         ({"flows": ("constraint",)}, "flows"),
-        ({"flows": ("image+image:last",)}, "flows"),
-        ({"flows": ("picture:last",)}, "flows"),
+        ({"flows": ("image+image->last",)}, "flows"),
+        ({"flows": ("picture->last",)}, "flows"),
         ({"batch_size": 0}, "batch_size"),
         ({"overlays": -1}, "overlays"),
     ],

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from errata.editor.atlas.hard import DISTORTIONS, hard_questions
 from errata.editor.checkpoints import ATLAS, load_model
-from errata.editor.errors import CancelledError, InvalidInputError, LayerError, TargetError
+from errata.editor.errors import CancelledError, InvalidInputError, LayerError
 from errata.editor.measurements.attention import AttentionSettings, measure_attention
 from errata.editor.measurements.failure import (
     FailureResult,
@@ -23,7 +23,6 @@ from errata.editor.measurements.failure import (
     measure_failure,
 )
 from errata.editor.measurements.questions import Question
-from errata.editor.measurements.risk import Risk, risk, risk_of
 from errata.editor.measurements.roc import auroc
 from errata.editor.model import Answer, EditableModel, Encoded
 from errata.editor.prompts import Constraint, Prompt
@@ -86,7 +85,7 @@ def test_scores_are_the_full_models_contributions_and_probabilities(model: Edita
     questions = asked(model)
     found = measure_failure(model, questions, SHORT)
     assert found.right.tolist() == [True, False, True, False]
-    flow = "constraint:last"
+    flow = "constraint->last"
     plain = [dataclasses.replace(q, answer=said(model, q.prompt)) for q in questions]
     carried = measure_attention(model, plain, AttentionSettings(flows=(flow,))).layers(flow)
     np.testing.assert_allclose(found.contributions, carried, rtol=1e-5)
@@ -97,31 +96,7 @@ def test_scores_are_the_full_models_contributions_and_probabilities(model: Edita
         assert found.scores(Predictor.FIRST)[i] == pytest.approx(float(expected[0].exp()), rel=1e-5)
 
 
-def test_the_risk_of_an_answer_is_that_of_its_very_tokens(model: EditableModel) -> None:
-    prompt = asked(model)[0].prompt
-    for limit in (1, 3):
-        answer = model.generate([prompt], max_new_tokens=limit)[0]
-        expected = oracle.answer_log_probabilities(model, generated(model, model.encode(prompt), answer))
-        found = risk(model, prompt, answer)
-        assert found.confidence == pytest.approx(float(expected.sum().exp()), rel=1e-5)
-        assert found.first == pytest.approx(float(expected[0].exp()), rel=1e-5)
-        assert found.score == 1 - found.confidence
-
-
-def test_risk_is_counted_from_the_log_probabilities_an_engine_has() -> None:
-    assert risk_of([np.log(0.5), np.log(0.25)]) == Risk(confidence=pytest.approx(0.125), first=pytest.approx(0.5))  # type: ignore[arg-type]
-    with pytest.raises(InvalidInputError, match="no tokens"):
-        risk_of([])
-
-
-def test_an_answer_that_was_cut_off_before_its_first_token_has_no_risk(gpt2: EditableModel) -> None:
-    with pytest.raises(InvalidInputError, match="no tokens"):
-        risk(gpt2, asked(gpt2)[0].prompt, Answer(text="", tokens=(), finished=False))
-
-
 def test_an_answer_with_an_image_token_has_no_probability_and_is_listed(llava: EditableModel) -> None:
-    with pytest.raises(TargetError, match="image token"):
-        risk(llava, asked(llava)[0].prompt, Answer(text="", tokens=(7, 3), finished=True))
     questions = asked(llava, 12)
     told = llava.generate([q.prompt for q in questions])
     babbled = [i for i, a in enumerate(told) if 3 in a.tokens]
@@ -158,7 +133,7 @@ def test_answers_that_are_all_right_or_all_wrong_are_refused(gpt2: EditableModel
 
 
 def test_another_flow_can_be_the_predictor(llava: EditableModel, gpt2: EditableModel) -> None:
-    settings = dataclasses.replace(SHORT, flow="image:constraint")
+    settings = dataclasses.replace(SHORT, flow="image->constraint")
     questions = asked(llava)
     plain = [dataclasses.replace(q, answer=said(llava, q.prompt)) for q in questions]
     carried = measure_attention(llava, plain, AttentionSettings(flows=(settings.flow,))).layers(settings.flow)
@@ -167,7 +142,7 @@ def test_another_flow_can_be_the_predictor(llava: EditableModel, gpt2: EditableM
         measure_failure(gpt2, asked(gpt2), settings)
     assert error.value.field == "questions[0].prompt"
     with pytest.raises(InvalidInputError) as error:
-        FailureSettings(flow="picture:last")
+        FailureSettings(flow="picture->last")
     assert error.value.field == "flow"
 
 

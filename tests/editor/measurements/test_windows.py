@@ -137,6 +137,18 @@ def test_questions_that_cannot_be_traced_are_named_and_none_left_is_refused(llam
         measure_windows(llama, [])
 
 
+def test_a_question_of_two_constraints_is_left_out_and_listed(llama: EditableModel) -> None:
+    measured = asked(llama)
+    two = replace(
+        measured,
+        constraints=(*measured.constraints, Constraint(text="capital")),
+        corruptions=(*measured.corruptions, Substitution(word="flag")),
+    )
+    found = measure_windows(llama, [two, measured], WindowSettings(windows=(1,), min_total_effect=ANY))
+    assert [line.split(":")[0] for line in found.skipped] == ["questions[0]"]
+    assert found.skipped[0].endswith("has 2 constraints, and windows are studied with one")
+
+
 def test_progress_rises_by_the_question_and_a_cancelled_study_stops(llama: EditableModel) -> None:
     steps: list[tuple[int, int]] = []
     settings = WindowSettings(components=(Component.MLP,), min_total_effect=ANY)

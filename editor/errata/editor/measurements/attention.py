@@ -28,9 +28,9 @@ from errata.editor.measurements.findings import (
     Table,
     described,
 )
-from errata.editor.measurements.flows import Ends, Flow, ends, flow_of
+from errata.editor.measurements.flows import Ends, ends, flow_of
 from errata.editor.measurements.intervals import INTERVAL, extreme, line
-from errata.editor.measurements.positions import seen
+from errata.editor.measurements.positions import Group, Pair, seen
 from errata.editor.measurements.questions import Cancelled, Progress, Question, answered
 from errata.editor.model import EditableModel, Encoded, by_length
 from errata.editor.report.wording import counted
@@ -45,12 +45,13 @@ _SUMMED = "Norms in the residual stream, summed over"
 class AttentionSettings:
     """What is measured and shown.
 
-    `flows` are `source:target`, each a group of `positions.Group`; a source may be several: `image+question:last`.
+    `flows` are `source->target`, each a group of `positions.Group`; a source may be several:
+    `image+question->last`.
     `batch_size` bounds the questions in one pass, ≥ 1. `overlays` are the images shown with what their patches
     contribute and `tokens` the rows of a table, both ≥ 0.
     """
 
-    flows: tuple[str, ...] = ("image:constraint", "constraint:last")
+    flows: tuple[str, ...] = ("image->constraint", "constraint->last")
     batch_size: int = 16
     overlays: int = 4
     tokens: int = 10
@@ -61,9 +62,9 @@ class AttentionSettings:
             raise InvalidInputError("give at least one flow, and none twice", field="flows")
         self.parsed()
 
-    def parsed(self) -> tuple[Flow, ...]:
+    def parsed(self) -> tuple[Pair, ...]:
         """The flows. Raises InvalidInputError for one that names no two groups."""
-        return tuple(map(flow_of, self.flows))
+        return tuple(flow_of(f, field="flows") for f in self.flows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +81,7 @@ class FlowSample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class QuestionAttention:
-    """One question's flows, by `source:target`; without those of which it has no tokens.
+    """One question's flows, by `source->target`; without those of which it has no tokens.
 
     `image` is what the tower sees, and `side` its patches a side; None where it has not one image of square patches.
     """
@@ -177,7 +178,7 @@ def measure_attention(
     )
 
 
-def _case(model: EditableModel, index: int, question: Question, answer: str, flows: tuple[Flow, ...]) -> _Case:
+def _case(model: EditableModel, index: int, question: Question, answer: str, flows: tuple[Pair, ...]) -> _Case:
     try:
         row = model.encode(question.prompt)
         found = ends(model, question, row, flows)
@@ -186,7 +187,7 @@ def _case(model: EditableModel, index: int, question: Question, answer: str, flo
     return _Case(index=index, question=question, answer=answer, row=row, flows=tuple(found))
 
 
-def _left_out(cases: Sequence[_Case], flows: Sequence[Flow]) -> list[str]:
+def _left_out(cases: Sequence[_Case], flows: Sequence[Pair]) -> list[str]:
     """A line for each flow that some questions have no tokens of, with these questions."""
     lines = []
     for n, flow in enumerate(flows):
@@ -237,7 +238,12 @@ def _shown(model: EditableModel, image: Image.Image) -> Image.Image:
     return image.crop((round(left * width), round(top * height), round(right * width), round(bottom * height)))
 
 
-def _numbers(result: AttentionResult, flow: str, of: Flow) -> tuple[Number, Number]:
+def _of_image(flow: Pair) -> bool:
+    """Whether it comes from all image tokens and no other."""
+    return flow.sources == (Group.IMAGE,)
+
+
+def _numbers(result: AttentionResult, flow: str, of: Pair) -> tuple[Number, Number]:
     return extreme(
         result.layers(flow),
         _UNIT,
@@ -246,7 +252,7 @@ def _numbers(result: AttentionResult, flow: str, of: Flow) -> tuple[Number, Numb
     )
 
 
-def _by_layer(result: AttentionResult, flow: str, of: Flow) -> LinePlot:
+def _by_layer(result: AttentionResult, flow: str, of: Pair) -> LinePlot:
     samples = result.layers(flow)
     return LinePlot(
         name=f"layers_{of.name}",
@@ -259,7 +265,7 @@ def _by_layer(result: AttentionResult, flow: str, of: Flow) -> LinePlot:
     )
 
 
-def _by_head(result: AttentionResult, flow: str, of: Flow) -> HeatMap:
+def _by_head(result: AttentionResult, flow: str, of: Pair) -> HeatMap:
     heads = np.mean([s.heads for s in result.samples(flow)], axis=0)
     return HeatMap(
         name=f"heads_{of.name}",
@@ -274,10 +280,10 @@ def _by_head(result: AttentionResult, flow: str, of: Flow) -> HeatMap:
     )
 
 
-def _by_image_token(result: AttentionResult, flow: str, of: Flow) -> LinePlot | None:
+def _by_image_token(result: AttentionResult, flow: str, of: Pair) -> LinePlot | None:
     """The image's tokens in their order, where every question has as many: is it always the same few?"""
     samples = result.samples(flow)
-    if not of.of_image or len({s.tokens for s in samples}) > 1:
+    if not _of_image(of) or len({s.tokens for s in samples}) > 1:
         return None
     peak = result.peak(flow)
     values = np.stack([s.by_token[peak] for s in samples])
@@ -292,11 +298,11 @@ def _by_image_token(result: AttentionResult, flow: str, of: Flow) -> LinePlot | 
     )
 
 
-def _overlays(result: AttentionResult, flows: Mapping[str, Flow]) -> tuple[list[Overlay], list[str]]:
+def _overlays(result: AttentionResult, flows: Mapping[str, Pair]) -> tuple[list[Overlay], list[str]]:
     """The first questions' images with what each patch contributes, and a line for those that cannot be shown."""
     shown: list[Overlay] = []
     for f, flow in flows.items():
-        if not flow.of_image:
+        if not _of_image(flow):
             continue
         peak, square = result.peak(f), [q for q in result.questions if f in q.flows and q.side]
         for n, question in enumerate(square[: result.settings.overlays]):
@@ -313,7 +319,7 @@ def _overlays(result: AttentionResult, flows: Mapping[str, Flow]) -> tuple[list[
                     caption=f"{flow.label} in layer {peak}, n = 1 question. {_SUMMED} heads",
                 )
             )
-    of_image = [f for f, flow in flows.items() if flow.of_image]
+    of_image = [f for f, flow in flows.items() if _of_image(flow)]
     unsquare = sum(not q.side and any(f in q.flows for f in of_image) for q in result.questions)
     if not unsquare:
         return shown, []
@@ -322,7 +328,7 @@ def _overlays(result: AttentionResult, flows: Mapping[str, Flow]) -> tuple[list[
     ]
 
 
-def _tokens_table(result: AttentionResult, flow: str, of: Flow) -> Table:
+def _tokens_table(result: AttentionResult, flow: str, of: Pair) -> Table:
     """The tokens that carry most at the flow's peak, by what they are, over all questions that have them."""
     peak = result.peak(flow)
     of_token: dict[str, list[float]] = defaultdict(list)

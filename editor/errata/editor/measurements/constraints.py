@@ -11,17 +11,25 @@ the corrupted run whichever spans that corrupts; what stands before the first co
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import chain
 
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
 from errata.editor.datasets.records import Kind
-from errata.editor.errors import CancelledError, CorruptionFailedError, InvalidInputError, check_numbers
+from errata.editor.errors import CorruptionFailedError, check_numbers
 from errata.editor.measurements.effects import causal_layers, check_components, layer_plot, share
 from errata.editor.measurements.findings import Findings, Grid, HeatMap, Line, LinePlot, Plot, Table, described
 from errata.editor.measurements.intervals import number
-from errata.editor.measurements.questions import Cancelled, Progress, Question, answered
+from errata.editor.measurements.questions import (
+    Cancelled,
+    Progress,
+    Question,
+    answered,
+    check_corruptions,
+    trace_each,
+)
 from errata.editor.model import EditableModel
 from errata.editor.report.wording import COMPONENTS, counted
 from errata.editor.states import Component
@@ -255,27 +263,16 @@ def measure_constraints(
     CancelledError.
     """
     for i, question in enumerate(questions):
-        if not question.corruptions:
-            raise InvalidInputError(
-                f"{question.prompt.text!r} says of no constraint how it is corrupted; give a corruption for each",
-                field=f"questions[{i}].corruptions",
-            )
+        check_corruptions(question, f"questions[{i}]")
     kept, skipped = answered(model, questions)
-    traces: list[ConstraintTrace] = []
-    for done, (i, question, answer) in enumerate(kept):
-        if cancelled and cancelled():
-            raise CancelledError("the causal trace was cancelled; nothing was changed")
-        try:
-            traces += _traced(model, i, question, answer, settings, cancelled)
-        except CorruptionFailedError as error:
-            skipped.append(f"questions[{i}]: {error}")
-        except InvalidInputError as error:
-            raise error.within(f"questions[{i}]") from None
-        if progress:
-            progress(done + 1, len(kept))
-    if not traces:
-        raise CorruptionFailedError(f"no question is left to average: {skipped[0]}")
-    return ConstraintResult(settings=settings, traces=tuple(traces), skipped=tuple(skipped))
+    traces = trace_each(
+        kept,
+        skipped,
+        lambda i, question, answer: _traced(model, i, question, answer, settings, cancelled),
+        progress=progress,
+        cancelled=cancelled,
+    )
+    return ConstraintResult(settings=settings, traces=tuple(chain.from_iterable(traces)), skipped=tuple(skipped))
 
 
 def _traced(

@@ -8,20 +8,21 @@ lower than a right one, a tie counting half.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
+import torch
 from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 
 from errata.editor.errors import CancelledError, InvalidInputError, check_numbers
 from errata.editor.measurements.contributions import contributions, output_factors
 from errata.editor.measurements.findings import Findings, Line, LinePlot, Number, Table, described
-from errata.editor.measurements.flows import Ends, Flow, ends, flow_of
+from errata.editor.measurements.flows import Ends, ends, flow_of
 from errata.editor.measurements.intervals import INTERVAL, bounded, interval, line
+from errata.editor.measurements.positions import Pair
 from errata.editor.measurements.questions import Cancelled, Progress, Question, asked, gives
-from errata.editor.measurements.risk import Risk, risk_of, with_answer
 from errata.editor.measurements.roc import GRID, Draws, auroc, roc, stratified
 from errata.editor.model import Answer, EditableModel, Encoded, by_length, same_answer
 
@@ -40,14 +41,14 @@ class Predictor(StrEnum):
 class FailureSettings:
     """What the predictors are made from.
 
-    `flow` is whose contribution counts, `source:target` as in `AttentionSettings`; `first_layer` and `last_layer` bound
-    the layers where it counts, both included; None: the middle third. `abstentions` are answers by which the model
-    itself says that it does not know: there is no failure to foresee, so such questions are left out. `max_new_tokens`
-    bounds an answer and `batch_size` the questions in one pass, both ≥ 1. The bootstrap makes `draws`, ≥ 1, of the
-    wrong and of the right answers separately, from `seed`.
+    `flow` is whose contribution counts, `source->target` as in `AttentionSettings`; `first_layer` and `last_layer`
+    bound the layers where it counts, both included; None: the middle third. `abstentions` are answers by which the
+    model itself says that it does not know: there is no failure to foresee, so such questions are left out.
+    `max_new_tokens` bounds an answer and `batch_size` the questions in one pass, both ≥ 1. The bootstrap makes `draws`,
+    ≥ 1, of the wrong and of the right answers separately, from `seed`.
     """
 
-    flow: str = "constraint:last"
+    flow: str = "constraint->last"
     first_layer: int | None = None
     last_layer: int | None = None
     abstentions: tuple[str, ...] = ()
@@ -59,10 +60,11 @@ class FailureSettings:
     def __post_init__(self) -> None:
         least = {"max_new_tokens": 1, "batch_size": 1, "draws": 1, "seed": 0, "first_layer": 0, "last_layer": 0}
         check_numbers(self, at_least=least, above={})
-        try:
-            flow_of(self.flow)
-        except InvalidInputError as error:
-            raise InvalidInputError(error.args[0], field="flow") from None
+        self.parsed()
+
+    def parsed(self) -> Pair:
+        """The flow. Raises InvalidInputError where it names no two groups."""
+        return flow_of(self.flow, field="flow")
 
     def window(self, model: EditableModel) -> range:
         """The layers whose contributions count. Raises LayerError, and InvalidInputError for a window of none."""
@@ -147,8 +149,8 @@ def measure_failure(
     kept, skipped = _kept(model, told, settings)
     right = np.array([gives(questions[i], told[i].text) for i in kept], dtype=bool)
     _check_both(right, skipped)
-    cases = [_case(model, i, questions[i], told[i], flow_of(settings.flow)) for i in kept]
-    carried, risks = _scored(model, cases, settings.batch_size, progress, cancelled)
+    cases = [_case(model, i, questions[i], told[i], settings.parsed()) for i in kept]
+    carried, (confidence, first) = _scored(model, cases, settings.batch_size, progress, cancelled)
     return FailureResult(
         settings=settings,
         window=window,
@@ -157,8 +159,8 @@ def measure_failure(
         answers=tuple(told[i].text for i in kept),
         right=right,
         contributions=carried,
-        confidence=np.array([r.confidence for r in risks]),
-        first=np.array([r.first for r in risks]),
+        confidence=confidence,
+        first=first,
         skipped=skipped,
     )
 
@@ -171,7 +173,7 @@ class _Case:
     flow: Ends
 
 
-def _case(model: EditableModel, index: int, question: Question, answer: Answer, flow: Flow) -> _Case:
+def _case(model: EditableModel, index: int, question: Question, answer: Answer, flow: Pair) -> _Case:
     try:
         row = model.encode(question.prompt)
         found = ends(model, question, row, (flow,))[0]
@@ -182,7 +184,13 @@ def _case(model: EditableModel, index: int, question: Question, answer: Answer, 
             f"{question.prompt.text!r} has no tokens of the flow {flow.label} before its target; choose another flow",
             field=f"questions[{index}].prompt",
         )
-    return _Case(with_answer(model, row, answer), found)
+    return _Case(_with_answer(model, row, answer), found)
+
+
+def _with_answer(model: EditableModel, row: Encoded, answer: Answer) -> Encoded:
+    """The row with the very tokens that were generated after it, and the end where the model came to one."""
+    ids = torch.tensor([*answer.tokens, *([model.end_token_id] if answer.finished else [])], dtype=torch.long)
+    return replace(row, ids=torch.cat([row.ids, ids]), spans=(*row.spans, *(None for _ in ids)))
 
 
 def _scored(
@@ -191,9 +199,9 @@ def _scored(
     batch_size: int,
     progress: Progress | None,
     cancelled: Cancelled | None,
-) -> tuple[Float[NDArray[np.float64], "questions layers"], list[Risk]]:
-    """What the flow carries at each layer, and the risk, of every case."""
-    carried, risks = np.zeros((len(cases), len(model.layers))), [Risk(confidence=0, first=0)] * len(cases)
+) -> tuple[Float[NDArray[np.float64], "questions layers"], Float[NDArray[np.float64], "2 questions"]]:
+    """Of every case, what the flow carries at each layer, and p of the whole answer and of its first token."""
+    carried, confidences = np.zeros((len(cases), len(model.layers))), np.zeros((2, len(cases)))
     factors, done = output_factors(model), 0
     for batch in by_length([c.row for c in cases], batch_size):
         if cancelled and cancelled():
@@ -201,11 +209,11 @@ def _scored(
         rows, targets = [cases[n].row for n in batch], [[cases[n].flow.target] for n in batch]
         for n, found in zip(batch, contributions(model, rows, targets, factors), strict=True):
             carried[n] = found.lengths[:, :, 0, list(cases[n].flow.sources)].double().sum((1, 2)).numpy()
-            risks[n] = risk_of(found.answer.tolist())
+            confidences[:, n] = found.answer.double().sum().exp(), found.answer[0].double().exp()
         done += len(batch)
         if progress:
             progress(done, len(cases))
-    return carried, risks
+    return carried, confidences
 
 
 def _kept(model: EditableModel, told: Sequence[Answer], settings: FailureSettings) -> tuple[list[int], tuple[str, ...]]:
@@ -289,7 +297,7 @@ def _layers_plot(result: FailureResult) -> LinePlot:
     wrong, right = _counts(result)
     return LinePlot(
         name="contribution_by_answer",
-        title=f"Attention contribution, {flow_of(result.settings.flow).label}",
+        title=f"Attention contribution, {result.settings.parsed().label}",
         x_label="layer",
         y_label="contribution (norm)",
         x=np.arange(result.contributions.shape[1], dtype=np.float64),
@@ -308,7 +316,7 @@ def _auroc_plot(result: FailureResult) -> LinePlot:
     bounds = [interval(auroc(scores, result.right, draws)) for scores in layers]
     return LinePlot(
         name="auroc_by_layer",
-        title=f"AUROC of each layer's contribution, {flow_of(result.settings.flow).label}",
+        title=f"AUROC of each layer's contribution, {result.settings.parsed().label}",
         x_label="layer",
         y_label="AUROC",
         x=np.arange(len(layers), dtype=np.float64),

@@ -4,50 +4,24 @@ The target of a group is its last token; of the constraints it is the *first* co
 where there is one (Basu et al. 2024, §4).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from errata.editor.errors import InvalidInputError
-from errata.editor.measurements.positions import Group, positions
+from errata.editor.measurements.positions import Group, Pair, positions
 from errata.editor.measurements.questions import Question
 from errata.editor.model import EditableModel, Encoded
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Flow:
-    """Where something is carried from and to."""
+def flow_of(text: str, *, field: str) -> Pair:
+    """The flow that `source->target` says, where a source may be several groups: `image+question->last`.
 
-    source: tuple[Group, ...]
-    target: Group
-
-    @property
-    def label(self) -> str:
-        """As a figure says it."""
-        return f"{' + '.join(self.source)} → {self.target}"
-
-    @property
-    def name(self) -> str:
-        """As a file is named."""
-        return "_".join((*self.source, self.target))
-
-    @property
-    def of_image(self) -> bool:
-        """Whether it comes from all image tokens and no other."""
-        return self.source == (Group.IMAGE,)
-
-
-def flow_of(flow: str) -> Flow:
-    """The flow that `source:target` says, where a source may be several groups: `image+question:last`.
-
-    Raises InvalidInputError for what names no groups.
+    Raises InvalidInputError for what names no groups, or more than one target.
     """
-    source, _, target = flow.partition(":")
-    groups, sources = [g.value for g in Group], source.split("+")
-    if not {target, *sources} <= set(groups) or len(set(sources)) < len(sources):
-        raise InvalidInputError(
-            f"{flow!r} is no flow; give source:target, each of {', '.join(groups)}, and several sources joined by +",
-            field="flows",
-        )
-    return Flow(source=tuple(map(Group, sources)), target=Group(target))
+    flow = Pair.parse(text, field=field)
+    if len(flow.targets) > 1:
+        raise InvalidInputError(f"{text!r} flows to {len(flow.targets)} groups; give one flow for each", field=field)
+    return flow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +32,7 @@ class Ends:
     target: int
 
 
-def ends(model: EditableModel, question: Question, row: Encoded, flows: tuple[Flow, ...]) -> list[Ends]:
+def ends(model: EditableModel, question: Question, row: Encoded, flows: Sequence[Pair]) -> list[Ends]:
     """Each flow's tokens in `row`, which is `question` as the model is given it.
 
     Raises ConstraintNotFoundError for a constraint that the prompt does not hold.
@@ -67,8 +41,9 @@ def ends(model: EditableModel, question: Question, row: Encoded, flows: tuple[Fl
     first = row.positions(*question.constraints[0].span(question.prompt.text))
     of_flows = []
     for flow in flows:
-        candidates = first if flow.target is Group.CONSTRAINT else found.groups[flow.target]
+        target_group = flow.targets[0]
+        candidates = first if target_group is Group.CONSTRAINT else found.groups[target_group]
         target = candidates[-1] if candidates else -1
-        sources = tuple(t for t in found.of(flow.source) if t <= target)
+        sources = tuple(t for t in found.of(flow.sources) if t <= target)
         of_flows.append(Ends(sources=sources, target=max(target, 0)))
     return of_flows

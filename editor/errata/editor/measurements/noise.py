@@ -17,11 +17,19 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from errata.editor.errors import CancelledError, CorruptionFailedError, InvalidInputError, check_numbers
+from errata.editor.errors import InvalidInputError, check_numbers
 from errata.editor.measurements.effects import at_role, check_components, layer_plot, role_grids
 from errata.editor.measurements.findings import Findings, Grid, HeatMap, described
 from errata.editor.measurements.intervals import extreme, line, number
-from errata.editor.measurements.questions import Cancelled, Progress, Question, answered
+from errata.editor.measurements.questions import (
+    Cancelled,
+    Kept,
+    Progress,
+    Question,
+    answered,
+    of_one_constraint,
+    trace_each,
+)
 from errata.editor.model import EditableModel
 from errata.editor.report.wording import COMPONENTS, counted
 from errata.editor.restoring import Probabilities, Restoration, Restorer, window_of
@@ -133,32 +141,20 @@ def measure_noise(
     Raises InvalidInputError for a question that cannot be traced, CorruptionFailedError where none is left,
     CancelledError.
     """
-    for i, question in enumerate(questions):
-        if len(question.constraints) != 1:
-            raise InvalidInputError(
-                f"{question.prompt.text!r} has {len(question.constraints)} constraints; noise goes on one",
-                field=f"questions[{i}].constraints",
-            )
-    kept, skipped = answered(model, questions)
+    answers, skipped = answered(model, questions)
+    kept = of_one_constraint(answers, skipped, "noise goes on one")
     deviation = _deviation(model, kept)
-    traces = []
-    for done, (i, question, answer) in enumerate(kept):
-        if cancelled and cancelled():
-            raise CancelledError("the causal trace was cancelled; nothing was changed")
-        try:
-            traces.append(_traced(model, i, question, answer, deviation, settings, cancelled))
-        except CorruptionFailedError as error:
-            skipped.append(f"questions[{i}]: {error}")
-        except InvalidInputError as error:
-            raise error.within(f"questions[{i}]") from None
-        if progress:
-            progress(done + 1, len(kept))
-    if not traces:
-        raise CorruptionFailedError(f"no question is left to average: {skipped[0]}")
+    traces = trace_each(
+        kept,
+        skipped,
+        lambda i, question, answer: _traced(model, i, question, answer, deviation, settings, cancelled),
+        progress=progress,
+        cancelled=cancelled,
+    )
     return NoiseResult(settings=settings, deviation=deviation, traces=tuple(traces), skipped=tuple(skipped))
 
 
-def _deviation(model: EditableModel, kept: Sequence[tuple[int, Question, str]]) -> float:
+def _deviation(model: EditableModel, kept: Kept) -> float:
     """The standard deviation of all entries of the questions' constraint embeddings (Meng et al. 2022, B.1)."""
     ids = []
     for i, question, _ in kept:

@@ -35,7 +35,7 @@ class Group(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """What is hidden from what: the target positions may not attend to the source positions."""
+    """Where something goes from and to: what a knockout hides from what, and what carries to what."""
 
     sources: tuple[Group, ...]
     targets: tuple[Group, ...]
@@ -45,15 +45,21 @@ class Pair:
         """As a figure says it."""
         return f"{' + '.join(self.sources)} → {' + '.join(self.targets)}"
 
+    @property
+    def name(self) -> str:
+        """As a file is named."""
+        return "_".join((*self.sources, *self.targets))
+
     @staticmethod
-    def parse(text: str) -> "Pair":
+    def parse(text: str, *, field: str = "pairs") -> "Pair":
         """Of `source->target`, each a group or several joined by `+`. Raises InvalidInputError with the groups."""
         parts = [[name.strip() for name in side.split("+")] for side in text.split("->")]
-        if len(parts) != 2 or not all(name in list(Group) for side in parts for name in side):
+        names = [name for side in parts for name in side]
+        if len(parts) != 2 or not set(names) <= set(Group) or any(len(set(side)) < len(side) for side in parts):
             raise InvalidInputError(
                 f"{text!r} is no pair of groups of positions; give source->target, each one of {', '.join(Group)}, or "
                 "several joined by +",
-                field="pairs",
+                field=field,
             )
         sources, targets = (tuple(Group(name) for name in side) for side in parts)
         return Pair(sources=sources, targets=targets)

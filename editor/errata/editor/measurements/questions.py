@@ -3,11 +3,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
+from typing import TypeVar
 
 from errata.editor.datasets.records import Kind
-from errata.editor.errors import ConstraintNotFoundError, InvalidInputError
+from errata.editor.errors import CancelledError, ConstraintNotFoundError, CorruptionFailedError, InvalidInputError
 from errata.editor.model import Answer, EditableModel, same_answer
 from errata.editor.prompts import Constraint, Prompt
+from errata.editor.report.wording import counted
 from errata.editor.trace import Corruption
 
 Progress = Callable[[int, int], None]
@@ -15,6 +17,9 @@ Progress = Callable[[int, int], None]
 
 Cancelled = Callable[[], bool]
 """Asked between steps; True raises CancelledError."""
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +93,10 @@ class Question:
             return 0, 0
 
 
+Kept = Sequence[tuple[int, Question, str]]
+"""The questions that are measured, each with its index among those given, and its answer."""
+
+
 def asked(model: EditableModel, questions: Sequence[Question], *, max_new_tokens: int = 16) -> list[Answer]:
     """What the model says to each. Raises InvalidInputError and its kinds, naming the question that cannot be asked."""
     if not questions:
@@ -110,7 +119,7 @@ def said_to(
         raise
 
 
-def answered(model: EditableModel, questions: Sequence[Question]) -> tuple[list[tuple[int, Question, str]], list[str]]:
+def answered(model: EditableModel, questions: Sequence[Question]) -> tuple[Kept, list[str]]:
     """The questions the model answers as they say, each with its index and that answer, and a line for each other.
 
     The papers measure questions that the model answers correctly (Basu et al. 2024, §4; Zhang et al. 2025, §3).
@@ -146,3 +155,56 @@ def gives(question: Question, told: str) -> bool:
         return same_answer(answer, told)
     told, answer = told.strip().casefold(), answer.strip().casefold()
     return told.startswith(answer) and not told[len(answer) : len(answer) + 1].isalnum()
+
+
+def check_corruptions(question: Question, field: str) -> None:
+    """Raises InvalidInputError for a question that says of no constraint how it is corrupted."""
+    if not question.corruptions:
+        raise InvalidInputError(
+            f"{question.prompt.text!r} says of no constraint how it is corrupted; give a corruption for each",
+            field=f"{field}.corruptions",
+        )
+
+
+def of_one_constraint(kept: Kept, skipped: list[str], why: str) -> Kept:
+    """Those with one constraint; the others become lines in `skipped`, with the reason.
+
+    Raises InvalidInputError where none is left.
+    """
+    for i, question, _ in kept:
+        if len(question.constraints) > 1:
+            told = counted(len(question.constraints), "constraint")
+            skipped.append(f"questions[{i}]: {question.prompt.text!r} has {told}, and {why}")
+    single = [k for k in kept if len(k[1].constraints) == 1]
+    if not single:
+        raise InvalidInputError(f"no question is left to measure: {skipped[-1]}", field="questions")
+    return single
+
+
+def trace_each(
+    kept: Kept,
+    skipped: list[str],
+    trace: Callable[[int, Question, str], T],
+    *,
+    progress: Progress | None,
+    cancelled: Cancelled | None,
+) -> list[T]:
+    """The `trace` of every question, given its index and answer; one that no corruption reaches is a line in `skipped`.
+
+    Raises CorruptionFailedError where none is left, CancelledError, InvalidInputError naming the question.
+    """
+    traces = []
+    for done, (i, question, answer) in enumerate(kept):
+        if cancelled and cancelled():
+            raise CancelledError("the causal trace was cancelled; nothing was changed")
+        try:
+            traces.append(trace(i, question, answer))
+        except CorruptionFailedError as error:
+            skipped.append(f"questions[{i}]: {error}")
+        except InvalidInputError as error:
+            raise error.within(f"questions[{i}]") from None
+        if progress:
+            progress(done + 1, len(kept))
+    if not traces:
+        raise CorruptionFailedError(f"no question is left to average: {skipped[-1]}")
+    return traces

@@ -14,11 +14,19 @@ import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
 
-from errata.editor.errors import CancelledError, CorruptionFailedError, InvalidInputError, check_numbers
+from errata.editor.errors import InvalidInputError, check_numbers
 from errata.editor.measurements.effects import at_role, causal_layers, check_components
 from errata.editor.measurements.findings import Findings, Grid, HeatMap, Line, LinePlot, Number, Table, described
 from errata.editor.measurements.intervals import INTERVAL, bootstrap_means, interval, number
-from errata.editor.measurements.questions import Cancelled, Progress, Question, answered
+from errata.editor.measurements.questions import (
+    Cancelled,
+    Progress,
+    Question,
+    answered,
+    check_corruptions,
+    of_one_constraint,
+    trace_each,
+)
 from errata.editor.model import EditableModel
 from errata.editor.report.wording import COMPONENTS, counted
 from errata.editor.states import Component
@@ -192,32 +200,18 @@ def measure_windows(
     CancelledError.
     """
     for i, question in enumerate(questions):
-        if len(question.constraints) != 1 or not question.corruptions:
-            raise InvalidInputError(
-                f"{question.prompt.text!r} has {counted(len(question.constraints), 'constraint')} and "
-                f"{counted(len(question.corruptions), 'corruption')}; windows are studied with one constraint and its "
-                "corruption, several constraints by the kind constraints",
-                field=f"questions[{i}].corruptions",
-            )
+        check_corruptions(question, f"questions[{i}]")
     windows = settings.windows or tuple(range(1, min(_WIDEST, len(model.layers)) + 1))
-    kept, skipped = answered(model, questions)
-    traced: dict[str, list[tuple[CausalTrace, ...]]] = {"with the picture": [], "in words alone": []}
-    for done, (i, question, answer) in enumerate(kept):
-        if cancelled and cancelled():
-            raise CancelledError("the window study was cancelled; nothing was changed")
-        label = "with the picture" if question.prompt.images else "in words alone"
-        try:
-            traced[label].append(_traced(model, question, answer, windows, settings, cancelled))
-        except CorruptionFailedError as error:
-            skipped.append(f"questions[{i}]: {error}")
-        except InvalidInputError as error:
-            raise error.within(f"questions[{i}]") from None
-        if progress:
-            progress(done + 1, len(kept))
-    groups = [_group(label, traces) for label, traces in traced.items() if traces]
-    if not groups:
-        raise CorruptionFailedError(f"no question is left to average: {skipped[0]}")
-    return WindowResult(settings=settings, windows=windows, groups=tuple(groups), skipped=tuple(skipped))
+    answers, skipped = answered(model, questions)
+    kept = of_one_constraint(answers, skipped, "windows are studied with one")
+    traces = trace_each(
+        kept,
+        skipped,
+        lambda _, question, answer: _traced(model, question, answer, windows, settings, cancelled),
+        progress=progress,
+        cancelled=cancelled,
+    )
+    return WindowResult(settings=settings, windows=windows, groups=_groups(traces), skipped=tuple(skipped))
 
 
 def _traced(
@@ -227,11 +221,21 @@ def _traced(
     windows: Sequence[int],
     settings: WindowSettings,
     cancelled: Cancelled | None,
-) -> tuple[CausalTrace, ...]:
+) -> tuple[str, tuple[CausalTrace, ...]]:
+    """The group that the question is in, and its trace by each window."""
     clean = CleanRun(model, question.prompt, question.constraints, answer, settings.components)
     corrupted = clean.corrupt(question.corruptions, min_total_effect=settings.min_total_effect)
-    return clean.trace(corrupted, windows, max_rows=settings.max_rows, cancelled=cancelled)
+    label = "with the picture" if question.prompt.images else "in words alone"
+    return label, clean.trace(corrupted, windows, max_rows=settings.max_rows, cancelled=cancelled)
 
 
-def _group(label: str, traces: Sequence[tuple[CausalTrace, ...]]) -> WindowGroup:
-    return WindowGroup(label=label, averages=tuple(average(of_window) for of_window in zip(*traces, strict=True)))
+def _groups(traces: Sequence[tuple[str, tuple[CausalTrace, ...]]]) -> tuple[WindowGroup, ...]:
+    """The average of each group that has questions, with the picture first."""
+    labels = sorted({label for label, _ in traces}, reverse=True)
+    return tuple(
+        WindowGroup(
+            label=label,
+            averages=tuple(average(of_window) for of_window in zip(*(t for g, t in traces if g == label), strict=True)),
+        )
+        for label in labels
+    )
