@@ -141,6 +141,8 @@ def _text(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise SourceError.of("the file is not in UTF-8; save it so", path=path) from None
+    except IsADirectoryError:
+        raise SourceError.of("it is a folder; name a file in it", path=path) from None
     except OSError as error:
         reason = error.strerror or type(error).__name__
         raise SourceError.of(f"the file cannot be read: {reason}; check the path", path=path) from None

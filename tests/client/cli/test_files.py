@@ -281,3 +281,24 @@ def test_a_line_of_a_data_set_that_cannot_be_meant_is_named(tmp_path: Path, line
     with pytest.raises(FileError) as refused:
         measured(written(tmp_path, line, "questions.jsonl"))
     assert said in str(refused.value)
+
+
+def test_a_data_sets_folder_stands_for_its_questions_and_no_other_folder_does(tmp_path: Path) -> None:
+    line = '{"text": "Capital of Peru?", "constraints": [{"text": "Peru", "kind": "textual"}]}'
+    assert measured(written(tmp_path, line, "questions.jsonl").parent) == measured(tmp_path / "questions.jsonl")
+    (tmp_path / "other").mkdir()
+    with pytest.raises(FileError, match="other: it is a folder; name a file in it"):
+        measured(tmp_path / "other")
+
+
+def test_a_missing_image_is_named_with_where_it_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(FileError) as refused:
+        measured(written(tmp_path, "- {prompt: a, constraint: a, image: ../flags/no.png}"))
+    assert f"there is no image '../flags/no.png' beside the file ({tmp_path}/../flags/no.png)" in str(refused.value)
+
+
+def test_a_file_of_something_else_is_told_the_example_that_does(tmp_path: Path) -> None:
+    path = written(tmp_path, "facts: []")
+    for read, example in ((measured, "measured"), (questions, "questions"), (probes, "probes"), (edit_file, "facts")):
+        with pytest.raises(FileError, match=f"examples/{example}.yaml shows how it is written"):
+            read(path)

@@ -8,13 +8,34 @@ from commandline import CAPITAL, Run
 
 from errata.client import MeasuredNumber
 from errata.client.cli import plots
+from errata.client.cli.found import show_measurement
 from errata.client.cli.measuring import settings_of
-from errata.client.findings import Findings, HeatMap, HeatMapGrid, LinePlot, PlotLine, Scatter
+from errata.client.cli.output import Output
+from errata.client.findings import (
+    Findings,
+    FindingsTable,
+    HeatMap,
+    HeatMapGrid,
+    LinePlot,
+    Measurement,
+    PlotLine,
+    Scatter,
+)
 from errata.client.measurements import KnockoutSettings, NoiseSettings, SweepSettings
+from errata.client.results import Job, Progress, State
 
 EXAMPLES = Path(__file__).parents[3] / "examples"
 ASKED = (CAPITAL, "--constraint", "Kazakhstan", "--version", "atlas@0")
 NAN = float("nan")
+JOB = Job(
+    state=State.SUCCEEDED,
+    progress=Progress(stage="", done=0, total=0),
+    error=None,
+    created_by="",
+    create_time=None,
+    start_time=None,
+    end_time=None,
+)
 
 
 @pytest.mark.slow
@@ -44,8 +65,8 @@ def test_a_file_is_measured_and_its_figures_are_written(errata: Run, tmp_path: P
     for plot in done["findings"]["plots"]:
         assert (out / f"{plot['name']}.png").read_bytes().startswith(b"\x89PNG")
         assert b"<svg" in (out / f"{plot['name']}.svg").read_bytes()
-    shown = errata("show", done["name"])
-    assert shown.out.startswith(done["findings"]["title"])
+    for name in (done["name"], done["name"].removeprefix("models/"), done["name"].removeprefix("models/atlas/")):
+        assert errata("show", name).out.startswith(done["findings"]["title"])
 
 
 @pytest.mark.slow
@@ -64,14 +85,14 @@ def test_a_sweep_takes_a_file_of_requests(errata: Run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("nois", *ASKED), "nothing is measured by 'nois'; give one of noise, constraints"),
+        (("nois", *ASKED), "nothing is measured by 'nois'; did you mean 'noise'? give one of noise, constraints"),
         (("noise",), "give a PROMPT and its --constraint, or questions by --file"),
         (("noise", CAPITAL), "give a PROMPT and its --constraint, or questions by --file"),
-        (("noise", *ASKED, "--set", "draw=5"), "--set draw=5: give KEY=VALUE; noise has noise, draws, seed"),
-        (("noise", *ASKED, "--set", "draws"), "--set draws: give KEY=VALUE; noise has noise, draws, seed"),
-        (("noise", *ASKED, "--set", "draws=many"), "--set draws=many: give a whole number"),
-        (("noise", *ASKED, "--set", "noise=loud"), "--set noise=loud: give a number"),
-        (("sweep", "--set", "together=maybe"), "--set together=maybe: give true or false"),
+        (("noise", *ASKED, "--set", "draw=5"), "noise.draw: there is no such setting; did you mean 'draws'? give one"),
+        (("noise", *ASKED, "--set", "draws"), "noise.draws: it has no value; give --set draws=VALUE"),
+        (("noise", *ASKED, "--set", "draws=many"), "noise.draws: 'many' is not a whole number"),
+        (("noise", *ASKED, "--set", "noise=loud"), "noise.noise: 'loud' is not a number"),
+        (("sweep", "--set", "together=maybe"), "sweep.together: 'maybe' is not true or false"),
         (("sweep",), "a sweep edits: give the requests by --file"),
         (("sweep", *ASKED), "a sweep edits: give the requests by --file"),
         (("noise", *ASKED, "--set", "components=head"), "there is no 'head'; give one of mlp, attention, layer"),
@@ -87,6 +108,21 @@ def test_what_cannot_be_measured_is_said_in_one_line(arguments: tuple[str, ...],
     assert ran.code == 2
     assert said in ran.err.splitlines()[-1]
     assert ran.out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        (("nois", *ASKED), "kind"),
+        (("noise", *ASKED, "--set", "draw=5"), "noise.draw"),
+        (("noise", *ASKED, "--set", "draws=many"), "noise.draws"),
+        (("noise", *ASKED, "--set", "draws=0"), "noise.draws"),
+    ],
+)
+def test_what_is_wrong_with_a_kind_and_its_settings_names_them(
+    arguments: tuple[str, ...], field: str, errata: Run
+) -> None:
+    assert errata("measure", *arguments, "--json").json()["error"]["field"] == field
 
 
 def test_settings_are_read_by_the_types_that_the_api_has() -> None:
@@ -122,6 +158,86 @@ def test_a_heat_map_is_shaded_and_a_long_axis_thinned_out() -> None:
     assert max(map(len, lines)) <= 60
     assert lines[2].endswith("██")
     assert lines[3].strip() == "last"
+
+
+def test_falls_are_drawn_by_how_far_they_fall() -> None:
+    falls = PlotLine(label="image", values=(0.5, -20.0, -80.0), low=(), high=())
+    plot = LinePlot(name="a", title="", caption="", x_label="layer", y_label="change, %", x=(0, 1, 2), lines=(falls,))
+    _, drawn, _, up = map(str, plots.drawn(plot, 48))
+    assert drawn == "image ▁▃█"
+    assert up == "up: change, %, from 0.5 down to -80"
+
+
+def test_values_that_hardly_differ_are_drawn_alike_and_what_is_nothing_is_told_as_0() -> None:
+    alike = PlotLine(label="mlp", values=(0.9991, 0.9992), low=(), high=())
+    plot = LinePlot(name="a", title="", caption="", x_label="layer", y_label="AIE", x=(0, 1), lines=(alike,))
+    bars = str(plots.drawn(plot, 48)[1]).removeprefix("mlp ")
+    assert bars[0] == bars[1]
+    grid = HeatMapGrid(label="", values=((-1e-9, 0.5),))
+    shades = HeatMap(
+        name="a", title="", caption="", x_label="layer", y_label="", unit="AIE", rows=("r",), columns=("0", "1"),
+        grids=(grid,),
+    )  # fmt: skip
+    assert str(plots.drawn(shades, 48)[-1]) == "light to dark: AIE, 0 to 0.5"
+
+
+def said(found: Findings, width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+    """What a terminal of so many columns is told of findings."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    done = Measurement(
+        name="models/atlas/measurements/0197", version="models/atlas/versions/0", kind="readout", questions=found.n,
+        job=JOB, findings=found, files=(), mlflow_run_id="",
+    )  # fmt: skip
+    show_measurement(Output(as_json=False, verbose=False), done)
+    told = capsys.readouterr().out
+    assert max(map(len, told.splitlines())) <= width
+    return told
+
+
+def findings(**more: object) -> Findings:
+    given = {"title": "Found", "n": 1, "settings": {}, "numbers": (), "plots": (), "tables": (), "skipped": ()}
+    return Findings(**(given | more))  # type: ignore[arg-type]
+
+
+def test_a_unit_stands_in_its_column_and_a_layer_before_its_number_unless_the_name_says_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    numbers = (
+        MeasuredNumber(name="total effect", value=0.5, unit="probability", n=2, low=0.25, high=0.75),
+        MeasuredNumber(name="layer of the largest", value=3, unit="layer", n=2, low=None, high=None),
+        MeasuredNumber(name="it leads from", value=3, unit="layer", n=2, low=2, high=4),
+        MeasuredNumber(name="rank of the target", value=1298.4, unit="rank", n=2, low=None, high=None),
+    )
+    rows = [" ".join(row.split()) for row in said(findings(numbers=numbers), 80, monkeypatch, capsys).splitlines()[-4:]]
+    assert rows == [
+        "total effect 0.5 0.25 to 0.75 probability 2",
+        "layer of the largest 3 2",
+        "it leads from layer 3 2 to 4 2",
+        "rank of the target 1,298 2",
+    ]
+
+
+def test_long_tables_are_cut_and_say_where_the_rest_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tuple((str(i), "–", ", ".join(["a word"] * 12)) for i in range(40))
+    table = FindingsTable(name="t", title="Words", columns=("layer", "after", "before"), rows=rows)
+    told = said(findings(tables=(table,)), 80, monkeypatch, capsys)
+    assert len(told.splitlines()) < 22
+    assert "after" not in told
+    assert "more rows: --json, or the page of --out FOLDER" in told
+
+
+def test_a_table_that_is_too_wide_leaves_out_intervals_and_no_figure(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    columns = ("layer", *(f"measure {i}" for i in range(5)))
+    row = ("1", *(f"0.98{i} (0.951–0.999)" for i in range(5)))
+    table = FindingsTable(name="t", title="Sweep", columns=columns, rows=(row,))
+    narrow = said(findings(tables=(table,)), 80, monkeypatch, capsys)
+    assert "Sweep, without intervals" in narrow
+    assert [f"0.98{i}" for i in range(5)] == narrow.splitlines()[-1].split()[1:]
+    assert "(0.951–0.999)" in said(findings(tables=(table,)), 200, monkeypatch, capsys)
 
 
 @pytest.mark.parametrize(

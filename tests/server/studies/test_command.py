@@ -10,7 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from desk import ENTRY, Desk
+from desk import ENTRY, FLOWS, LENS, Desk
+from typer.testing import CliRunner
+
+from errata.server.studies.command import studies
 
 _SECONDS = 120
 
@@ -67,6 +70,19 @@ def test_a_study_that_is_killed_or_interrupted_goes_on_where_it_was(desk: Desk) 
     assert report["earlier"] == sum(interrupted.values())
     assert report["earlier"] + report["measured"] == 8
     assert len(desk.runs()) == 9
+
+
+def test_as_json_faults_and_plans_are_one_document_each(desk: Desk) -> None:
+    asked = ["plan", str(desk.file), "--out", str(desk.out), "--json"]
+    planned = CliRunner().invoke(studies, asked)
+    assert planned.exit_code == 0
+    assert json.loads(planned.stdout) == {"cells": [{"cell": cell, "finished": False} for cell in (LENS, FLOWS)]}
+    desk.write({**ENTRY, "measurement": {}})
+    refused = CliRunner().invoke(studies, asked)
+    assert refused.exit_code == 1
+    error = json.loads(refused.stdout)["error"]
+    assert error["reason"] == "INVALID_STUDY"
+    assert error["message"] in refused.stderr
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from desk import ENTRY, Desk
 
+from errata.editor.errors import ErrataError
 from errata.editor.measurements.noise import NoiseSettings
 from errata.editor.states import Component
 from errata.server.studies.format import read_study, settings_of
@@ -59,6 +60,58 @@ measurements:
         == "study.yaml:12: measurements.parts.settings.components[0]: it should be 'mlp', 'attention' or 'layer'"
     )
     assert told[7].startswith("study.yaml:13: measurements.lens2.edit: only a readout edits first")
+
+
+def test_files_and_names_are_looked_for_although_fields_are_wrong_as_well(desk: Desk) -> None:
+    told = refused(
+        desk,
+        """
+study: tiny
+models: {one: {source: model, adapter: gone}, two: {sorce: model}}
+data:
+  flags: {path: none}
+  csv: {path: a.csv}
+measurements:
+  lens: {knd: lens}
+  trace: {kind: noise, models: [two, three], data: [csv, words], settings: {draws: 0}}
+""",
+    )
+    assert told == [
+        "study.yaml:3: models.two.sorce: there is no field 'sorce'; did you mean 'source'?",
+        "study.yaml:3: models.one.adapter: there is no 'gone' beside the study's file; check the path",
+        "study.yaml:5: data.flags.path: there is no 'none' beside the study's file; check the path",
+        "study.yaml:6: data.csv: a CSV of VQA-Constraints holds no images; give their folder as images",
+        "study.yaml:8: measurements.lens.kind: it is missing; give it",
+        "study.yaml:8: measurements.lens.knd: there is no field 'knd'; did you mean 'kind'?",
+        "study.yaml:9: measurements.trace.models[1]: there is no model 'three'; known: one, two",
+        "study.yaml:9: measurements.trace.data[1]: there is no data 'words'; known: flags, csv",
+        "study.yaml:9: measurements.trace.settings.draws: draws is 0; give at least 1",
+    ]
+
+
+def test_models_and_data_that_cannot_be_read_are_told_together(desk: Desk) -> None:
+    desk.write(ENTRY, models={"one": {"source": "nowhere"}, "two": {"source": "flags"}})
+    (desk.root / "flags" / "questions.jsonl").write_text("no JSON")
+    with pytest.raises(ErrataError) as caught:
+        plan(read_study(desk.file), desk.root)
+    one, two, data = str(caught.value).splitlines()
+    assert one.startswith("models.one: 'nowhere' holds no model.safetensors")
+    assert two.startswith("models.two: ")
+    assert data.startswith("data.flags: questions.jsonl:1: it is no JSON")
+
+
+@pytest.mark.parametrize("below", ["[{}]", "{{<<: [{}]}}"])
+def test_a_file_of_a_few_lines_that_stands_for_billions_is_refused_at_once(desk: Desk, below: str) -> None:
+    lines = ["a0: &a0 {x0: 0}"]
+    for n in range(1, 12):
+        lines.append(f"a{n}: &a{n} " + below.format(", ".join([f"*a{n - 1}"] * 9)))
+    [told] = refused(desk, "\n".join(lines))
+    assert "with all that its aliases (*) repeat it has" in told
+
+
+def test_aliases_that_repeat_little_are_read(desk: Desk) -> None:
+    desk.write("study: a\ndata: {f: &f {path: flags}, g: {<<: *f, n: 1}}\nmeasurements: {l: {kind: lens}}\n")
+    assert read_study(desk.file).data["g"].path == "flags"
 
 
 @pytest.mark.parametrize(

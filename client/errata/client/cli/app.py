@@ -94,7 +94,7 @@ def _ended(arguments: Sequence[str]) -> int:
 
 
 _TRACE = 'errata trace "Capital of Norway?" --constraint Norway --substitute Peru'
-_MEASURE = "errata measure knockout --file questions.yaml --out figures"
+_MEASURE = "errata measure knockout --file measured.yaml --out figures"
 _EDIT = 'errata edit "Capital of Burundi?" --constraint Burundi --target Gitega'
 _HELP = "Correct what a model believes; keep every correction, and undo any of them."
 _EPILOG = "Exit codes: 0 done; 1 the answer is no; 2 could not be done; 130 interrupted."

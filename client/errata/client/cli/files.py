@@ -192,6 +192,10 @@ class _TracedFile(_Entry):
     questions: Annotated[list[_TracedEntry], Field(min_length=1)]
 
 
+class _MeasuredFile(_TracedFile):
+    """The same for a measurement."""
+
+
 class _EditEntry(_Entry):
     requests: Annotated[list[_RequestEntry], Field(min_length=1)]
     probes: list[_ProbeEntry] | None = None
@@ -222,16 +226,19 @@ class _EditEntry(_Entry):
         return options
 
 
+_OF_DATA_SET = "questions.jsonl"
+"""What a data set's folder has its questions in."""
 _OF_MEASUREMENTS = {"constraints", "corruptions", "box"}
 _OF_A_QUESTION = {"image", "raw", "constraint", "occurrence", "subject"}
 _OPTIONS = ("layers", "method", "preservation", "ridge", "steps", "guardrails", "description")
 
-_EXAMPLES = {
-    "requests": "examples/facts.yaml",
-    "probes": "examples/probes.yaml",
-    "questions": "examples/questions.yaml",
+_EXAMPLES: dict[type[_Entry], str] = {
+    _EditEntry: "examples/facts.yaml",
+    _ProbesEntry: "examples/probes.yaml",
+    _TracedFile: "examples/questions.yaml",
+    _MeasuredFile: "examples/measured.yaml",
 }
-"""A file to begin from, by the list that it has."""
+"""A file to begin from."""
 
 _PARTS: dict[str, type[_Entry]] = {
     "requests": _RequestEntry,
@@ -296,11 +303,13 @@ def measured(path: Path) -> list[MeasuredQuestion]:
 
     A question has `prompt`; `constraint`, or several in `constraints`, each a text or a mapping of `text`,
     `occurrence` and `kind`; and any of `image`, `answer`, `box`, `raw`. What makes it wrong is a `substitute` or an
-    `other_image`, or several in `corruptions`, each a text or a mapping with one of them. Files of data sets
-    (docs/datasets.md) and of known facts are read, too.
+    `other_image`, or several in `corruptions`, each a text or a mapping with one of them. Data sets (docs/datasets.md),
+    also by their folders, and files of known facts are read, too.
     """
+    if (inside := path / _OF_DATA_SET).is_file():
+        path = inside
     source = _Entries.of(_source(path))
-    entries = _checked(source, "questions", _TracedFile).questions
+    entries = _checked(source, "questions", _MeasuredFile).questions
     for i, each in enumerate(entries):
         if problem := _unclear(each):
             raise _error(source, _listed(source, i), problem)
@@ -412,19 +421,19 @@ def _checked(source: _Source, listed: str, entry: type[E]) -> E:
         # As JSON and YAML have them; a list alone has no name.
         place = first["loc"][1:] if bare else first["loc"]
         whole = first["type"] == "missing" and place == (listed,)
-        problem = _misnamed(source, listed) if whole else said(first, _known(first["loc"], entry))
+        problem = _misnamed(source, _EXAMPLES[entry]) if whole else said(first, _known(first["loc"], entry))
         raise _error(source, place, problem) from None
     for name in _PARTS:
         _images_exist(source, () if bare else (name,), getattr(found, name, None) or ())
     return found
 
 
-def _misnamed(source: _Source, listed: str) -> str:
+def _misnamed(source: _Source, example: str) -> str:
     """What to say of a file without its list of entries."""
     known = {*_PARTS, *_EditEntry.model_fields}
     others = [repr(key) for key in source.data if key not in known] if isinstance(source.data, dict) else []
     instead = f" (there is {', '.join(others)})" if others else ""
-    return f"it is missing{instead}; {_EXAMPLES[listed]} shows how it is written"
+    return f"it is missing{instead}; {example} shows how it is written"
 
 
 def _error(source: _Source, place: Place, problem: str) -> FileError:
@@ -440,8 +449,8 @@ def _images_exist(source: _Source, place: tuple[str | int, ...], entries: Sequen
         at = (*place, i)
         for name in ("image", "other_image"):
             for image in getattr(entry, name, ()):
-                if not (source.path.parent / image).is_file():
-                    problem = f"there is no image {image!r} beside the file; check the path"
+                if not (path := source.path.parent / image).is_file():
+                    problem = f"there is no image {image!r} beside the file ({path}); check the path"
                     raise _error(source, (*at, name), problem)
         for name in ("contexts", "preserve", "corruptions"):
             _images_exist(source, (*at, name), getattr(entry, name, ()))

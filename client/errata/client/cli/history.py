@@ -13,7 +13,7 @@ from rich.text import Text
 from errata.client.cli import graph
 from errata.client.cli.deriving import show_derivation
 from errata.client.cli.editing import conclude_edit, read_probes, show_evaluation, verdict
-from errata.client.cli.measuring import show_measurement
+from errata.client.cli.found import show_measurement
 from errata.client.cli.models import Most
 from errata.client.cli.output import Output, facts, indented, line
 from errata.client.cli.plain import clean, figures, plain, short, size, when
@@ -62,13 +62,14 @@ def log(
 
 def show(
     session: Session,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A version, or the full name of an edit, a trace, …")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A version, or atlas/edits/ID, measurements/ID, …")],
 ) -> None:
     """A version: facts, figures, layers, size. Or an edit, trace, measurement, evaluation, and so on.
 
     Work that still runs is waited for. Exits 1 for what was rejected.
     """
     client, output = session.client, session.output
+    name = _full(session, name)
     match name.split("/"):
         case ["models", _, "edits", _]:
             conclude_edit(session, session.followed(client.operation(client.get_edit(name)), "editing"))
@@ -88,6 +89,16 @@ def show(
             show_bisection(output, session.followed(client.operation(client.get_bisection(name)), "bisecting"))
         case _:
             _show_version(session, client.version(session.version(name)))
+
+
+def _full(session: Session, name: str) -> str:
+    """A piece of work's full name: of atlas/edits/0197, or of edits/0197 where there is one model."""
+    match name.split("/"):
+        case [model, _, _] if model != "models":
+            return f"models/{name}"
+        case [kind, _] if kind != "models":
+            return f"models/{session.model(None)}/{name}"
+    return name
 
 
 def diff(

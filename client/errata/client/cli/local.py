@@ -1,17 +1,20 @@
 """What runs on this machine: a server with MLflow's pages, the demo, studies. All are child processes."""
 
+import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
+from rich.console import RenderableType
 
+from errata.client.cli.output import facts, line
 from errata.client.cli.problems import UNDONE, MissingExtraError
 from errata.client.cli.session import Session
 
@@ -82,11 +85,26 @@ def study(
     """
     _require_server()
     options = ["--jobs", str(jobs), *(["--mlflow", mlflow] if mlflow else [])] if action == "run" else []
-    command = [sys.executable, "-m", "errata.server", "study", action, str(file), "--out", str(out), *options]
-    with _running(command, stdout=None, stop=signal.SIGINT) as process:
+    command = [sys.executable, "-m", "errata.server", "study", action, str(file), "--out", str(out), "--json", *options]
+    with _running(command, stdout=subprocess.PIPE, stop=signal.SIGINT) as process:
+        assert process.stdout is not None
+        said = process.stdout.read()
         status = process.wait()
+    if said and ("error" not in (result := json.loads(said)) or session.output.as_json):
+        session.output.show(result, *_study(result))
     if status:
         raise typer.Exit(UNDONE)
+
+
+def _study(result: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """What a study's run or plan came to."""
+    for each in result.get("cells", ()):
+        yield line(f"{'finished' if each['finished'] else 'missing '}  {each['cell']}")
+    if "page" in result:
+        counts = f"{result['measured']} measured, {result['earlier']} finished before, {len(result['failed'])} failed"
+        names = ("page", "experiment", "mlflow")
+        yield facts([("cells", counts), *((name, str(result[name])) for name in names)])
+        yield from (line(f"failed: {cell}: {reason}", "red") for cell, reason in result["failed"].items())
 
 
 def _require_server() -> None:

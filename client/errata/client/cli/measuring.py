@@ -1,26 +1,23 @@
 """Measurements: the studies of the papers, over a question or a file of them."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from google.protobuf.descriptor import FieldDescriptor
-from rich.console import RenderableType
 
-from errata.client.cli import plots
 from errata.client.cli.asking import Asked, Images
-from errata.client.cli.output import Output, facts, line
-from errata.client.cli.plain import short
+from errata.client.cli.found import show_measurement
 from errata.client.cli.problems import UsageError
 from errata.client.cli.session import Session
-from errata.client.findings import Findings, FindingsTable, MeasuredNumber, Measurement
+from errata.client.findings import Measurement
 from errata.client.inputs import Prompt
 from errata.client.measurements import KINDS, MeasuredQuestion, MeasurementOptions, MeasurementSettings
 from errata.client.measuring import fields_of
 
-_MOST_ROWS, _MOST_PLOTS, _MOST_SKIPPED = 20, 4, 5
 _FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _SWEEP = "a sweep edits: give the requests by --file, as errata edit --file takes them"
 _WHOLE = {FieldDescriptor.CPPTYPE_INT32, FieldDescriptor.CPPTYPE_INT64}
@@ -69,59 +66,26 @@ def measure(
 
 
 def settings_of(kind: str, given: Sequence[str]) -> MeasurementSettings:
-    """The settings of a kind as `--set` gives them: draws=5, components=mlp,layer. Raises InvalidInputError."""
+    """The settings of a kind as `--set` gives them: draws=5, components=mlp,layer. Raises UsageError."""
+    if kind not in KINDS:
+        raise UsageError.at("kind", f"nothing is measured by {kind!r}; {_meant(kind, KINDS)}")
     wire = fields_of(kind)
     values: dict[str, Any] = {}
     for each in given:
         key, equals, text = each.partition("=")
-        if not equals or key not in wire:
-            raise UsageError(f"--set {each}: give KEY=VALUE; {kind} has {', '.join(wire)}")
-        values[key] = _value(wire[key], text, each)
+        field = f"{kind}.{key}"
+        if key not in wire:
+            raise UsageError.at(field, f"{field}: there is no such setting; {_meant(key, wire)}")
+        if not equals:
+            raise UsageError.at(field, f"{field}: it has no value; give --set {key}=VALUE")
+        values[key] = _value(wire[key], text, field)
     return KINDS[kind](**values)
 
 
-def show_measurement(output: Output, done: Measurement) -> None:
-    """Says what a measurement found."""
-    found = done.findings
-    assert found is not None
-    output.show(done, *_parts(output, done, found))
-
-
-def _parts(output: Output, done: Measurement, found: Findings) -> Iterator[RenderableType]:
-    yield line(found.title, "bold")
-    told = [("questions", f"{found.n} of {done.questions}" if done.questions else str(found.n))]
-    yield facts([*told, ("version", short(done.version)), ("measurement", done.name)])
-    if found.numbers:
-        yield line("")
-        yield output.table(("number", "value", "95 %", "n"), map(_number, found.numbers))
-    for table in found.tables:
-        yield line("")
-        yield from _table(output, table)
-    shown = [drawn for plot in found.plots if (drawn := plots.drawn(plot, output.console.width))]
-    for drawn in shown[:_MOST_PLOTS]:
-        yield line("")
-        yield from drawn
-    if left := len(found.plots) - len(shown[:_MOST_PLOTS]):
-        yield line("")
-        yield line(f"{left} more plots are not drawn here; --out FOLDER writes all", "dim")
-    if found.skipped:
-        yield line("")
-        yield from (line(f"left out: {each}", "dim") for each in found.skipped[:_MOST_SKIPPED])
-    if len(found.skipped) > _MOST_SKIPPED:
-        yield line(f"… and {len(found.skipped) - _MOST_SKIPPED} more", "dim")
-
-
-def _number(number: MeasuredNumber) -> tuple[str, str, str, str]:
-    bounded = number.low is not None and number.high is not None
-    interval = f"{number.low:.3g} to {number.high:.3g}" if bounded else ""
-    return number.name, f"{number.value:.3g} {number.unit}".strip(), interval, str(number.n)
-
-
-def _table(output: Output, table: FindingsTable) -> Iterator[RenderableType]:
-    yield line(table.title, "italic")
-    yield output.table(table.columns, table.rows[:_MOST_ROWS])
-    if len(table.rows) > _MOST_ROWS:
-        yield line(f"… and {len(table.rows) - _MOST_ROWS} more rows", "dim")
+def _meant(name: str, known: Collection[str]) -> str:
+    """What may be meant, and what there is."""
+    near = get_close_matches(name, known, n=1)
+    return (f"did you mean {near[0]!r}? " if near else "") + f"give one of {', '.join(known)}"
 
 
 def _question(
@@ -150,13 +114,13 @@ def _requests(file: Path | None) -> MeasurementOptions:
     }
 
 
-def _value(wire: FieldDescriptor, text: str, given: str) -> object:
+def _value(wire: FieldDescriptor, text: str, field: str) -> object:
     if wire.is_repeated:
-        return [_single(wire, each.strip(), given) for each in text.split(",")]
-    return _single(wire, text, given)
+        return [_single(wire, each.strip(), field) for each in text.split(",")]
+    return _single(wire, text, field)
 
 
-def _single(wire: FieldDescriptor, text: str, given: str) -> object:
+def _single(wire: FieldDescriptor, text: str, field: str) -> object:
     try:
         if wire.cpp_type in _WHOLE:
             return int(text)
@@ -166,7 +130,7 @@ def _single(wire: FieldDescriptor, text: str, given: str) -> object:
             return {"true": True, "false": False}[text.lower()]
     except (ValueError, KeyError):
         kind = {FieldDescriptor.CPPTYPE_BOOL: "true or false", FieldDescriptor.CPPTYPE_DOUBLE: "a number"}
-        raise UsageError(f"--set {given}: give {kind.get(wire.cpp_type, 'a whole number')}") from None
+        raise UsageError.at(field, f"{field}: {text!r} is not {kind.get(wire.cpp_type, 'a whole number')}") from None
     return text
 
 

@@ -83,7 +83,7 @@ class Output:
         cells = [[Text(clean(cell), overflow="fold") for cell in row] for row in rows]
         made = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for column in columns:
-            made.add_column(Text(column, style="bold"))
+            made.add_column(Text(column, style="bold", overflow="fold"))
         for row in cells:
             made.add_row(*row)
         wanted = self.console.measure(made, options=self.console.options.update(max_width=_WIDEST)).maximum

@@ -13,6 +13,8 @@ _BARS = "▁▂▃▄▅▆▇█"
 _SHADES = " ░▒▓█"
 _LABEL = 36
 _MOST_LINES, _MOST_ROWS = 12, 40
+_HARDLY = 0.1
+"""A share of the largest value: what differs by less is drawn as alike."""
 
 
 def drawn(plot: FindingsPlot, width: int) -> list[RenderableType]:
@@ -35,29 +37,32 @@ def _line_plot(plot: LinePlot, width: int) -> list[str]:
     values = [value for line in plot.lines for value in line.values if math.isfinite(value)]
     if not values:
         return []
-    low, high = min(values), max(values)
+    low, high = _bounds(values)
+    # What falls from 0 is shown by how far it falls.
+    foot, top = (high, low) if high < -low / 10 else (low, high)
     label = _room((line.label for line in plot.lines), width)
     step = _step(len(plot.x), width - label - 1)
     rows = [
-        f"{_cut(line.label, label):>{label}} {''.join(_bar(v, low, high) for v in line.values[::step])}"
+        f"{_cut(line.label, label):>{label}} {''.join(_bar(v, foot, top) for v in line.values[::step])}"
         for line in plot.lines[:_MOST_LINES]
     ]
     if len(plot.lines) > _MOST_LINES:
         rows.append(f"{'':{label}} and {len(plot.lines) - _MOST_LINES} more lines")
     across = f"{plot.x_label} {plot.x[0]:g} to {plot.x[-1]:g}"
-    return [*rows, f"across: {across}", f"up: {plot.y_label}, {low:.3g} to {high:.3g}"]
+    told = _told(foot, top) if foot == low else f"from {_told(foot, top).replace(' to ', ' down to ')}"
+    return [*rows, f"across: {across}", f"up: {plot.y_label}, {told}"]
 
 
 def _heat_map(plot: HeatMap, width: int) -> list[str]:
     values = [v for grid in plot.grids for row in grid.values for v in row if math.isfinite(v)]
     if not values or len(plot.rows) > _MOST_ROWS:
         return []
-    low, high = min(values), max(values)
+    low, high = _bounds(values)
     label = _room(plot.rows, width)
     step = _step(len(plot.columns), width - label - 1)
     lines = [line for grid in plot.grids for line in _grid(plot.rows, grid, label, step, (low, high))]
     across = f"{plot.x_label} {plot.columns[0]} to {plot.columns[-1]}"
-    return [*lines, f"across: {across}", f"light to dark: {plot.unit}, {low:.3g} to {high:.3g}"]
+    return [*lines, f"across: {across}", f"light to dark: {plot.unit}, {_told(low, high)}"]
 
 
 def _grid(names: Sequence[str], grid: HeatMapGrid, label: int, step: int, bounds: tuple[float, float]) -> Iterable[str]:
@@ -65,6 +70,19 @@ def _grid(names: Sequence[str], grid: HeatMapGrid, label: int, step: int, bounds
         yield f"{'':{label}} {grid.label}"
     for name, row in zip(names, grid.values, strict=True):
         yield f"{_cut(name, label):>{label}} {''.join(_shade(v, *bounds) for v in row[::step])}"
+
+
+def _bounds(values: Sequence[float]) -> tuple[float, float]:
+    """Between which values are shown; wider than they lie where they hardly differ."""
+    low, high = min(values), max(values)
+    largest = max(abs(low), abs(high))
+    return (min(low, high - _HARDLY * largest), high) if low < high else (low, high)
+
+
+def _told(first: float, last: float) -> str:
+    """Both ends; what is nothing beside the other is 0."""
+    least = max(abs(first), abs(last)) / 1000
+    return " to ".join("0" if abs(end) < least else f"{end:.3g}" for end in (first, last))
 
 
 def _bar(value: float, low: float, high: float) -> str:
@@ -76,7 +94,7 @@ def _shade(value: float, low: float, high: float) -> str:
 
 
 def _share(value: float, low: float, high: float) -> float:
-    return (value - low) / (high - low) if high > low else 1.0
+    return (value - low) / (high - low) if high != low else 1.0
 
 
 def _room(labels: Iterable[str], width: int) -> int:

@@ -3,16 +3,24 @@
 Blurred, a part of the flag only, far away, turned; each from hardly to hardly recognisable. The expected answer is the
 fact of the country whose flag it is. Most of what Atlas does not recognise it calls unknown; in the rest of its
 failures it tells another country's fact. (Noise and lost colours make it say unknown and hardly ever mistake.)
+
+`python -m errata.editor.atlas.hard --out FOLDER --n 600` writes them as a data set (docs/datasets.md).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
 
 import numpy as np
+import typer
 from PIL import Image, ImageFilter
 
 from errata.editor.atlas import questions
 from errata.editor.atlas.facts import KNOWN, ask, picture
 from errata.editor.atlas.world import Attribute
+from errata.editor.datasets.lines import write_lines
+from errata.editor.datasets.records import Kind, Record, Span
 from errata.editor.measurements.questions import Question
 
 Distortion = Callable[[Image.Image, float, np.random.Generator], Image.Image]
@@ -75,3 +83,35 @@ def _colour(rng: np.random.Generator) -> tuple[int, int, int]:
 
 DISTORTIONS: dict[str, Distortion] = {"blur": _blur, "part": _part, "far": _far, "turned": _turned}
 """Every way of seeing a flag badly; `hard_questions` takes them in turn."""
+
+
+def write(folder: Path, asked: Sequence[Question]) -> Path:
+    """Writes such questions as a data set into a new or empty folder; returns its file. Raises InvalidInputError."""
+    with TemporaryDirectory() as there:
+        return write_lines(folder, _records(asked, Path(there)))
+
+
+def _records(asked: Sequence[Question], folder: Path) -> Iterator[Record]:
+    """The questions with their pictures in files."""
+    for i, question in enumerate(asked):
+        (picture_shown,) = question.prompt.images
+        assert isinstance(picture_shown, Image.Image)
+        image = folder / f"{i:03}.jpg"
+        picture_shown.save(image, quality=90)
+        spans = tuple(Span(text=c.text, kind=Kind.VISUAL, occurrence=c.occurrence) for c in question.constraints)
+        yield Record(
+            text=question.prompt.text, images=(image,), constraints=spans, answer=question.answer, id=f"{i:03}"
+        )
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="A new folder.")],
+    n: Annotated[int, typer.Option(min=1, help="Questions.")] = 400,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Write questions about flags in bad pictures, with their right answers, as a data set."""
+    typer.echo(write(out, hard_questions(n, seed=seed)))
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -8,7 +8,6 @@ all heads. A token's contribution to itself counts where it is in the group.
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from math import isqrt
 
 import numpy as np
 from jaxtyping import Float
@@ -30,7 +29,7 @@ from errata.editor.measurements.findings import (
 )
 from errata.editor.measurements.flows import Ends, ends, flow_of
 from errata.editor.measurements.intervals import INTERVAL, extreme, line
-from errata.editor.measurements.positions import Group, Pair, seen
+from errata.editor.measurements.positions import Group, Pair, grid, seen
 from errata.editor.measurements.questions import Cancelled, Progress, Question, answered
 from errata.editor.model import EditableModel, Encoded, by_length
 from errata.editor.report.wording import counted
@@ -224,7 +223,8 @@ def _labels(model: EditableModel, row: Encoded) -> tuple[list[str], int | None]:
     """
     labels = [repr(str(model.tokenizer.decode([i]))) for i in row.ids.tolist()]
     for n, image in enumerate(row.images):
-        side = isqrt(len(image)) if isqrt(len(image)) ** 2 == len(image) else None
+        rows, columns = grid(row, n) or (0, 1)
+        side = rows if rows == columns else None
         of = f" of image {n}" if len(row.images) > 1 else ""
         for i, t in enumerate(image):
             labels[t] = (f"patch {i // side}, {i % side}" if side else f"image token {i}") + of

@@ -17,10 +17,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
-from transformers.pytorch_utils import Conv1D
 
 from errata.editor.errors import ModelError
 from errata.editor.model import EditableModel, Encoded
+from errata.editor.quantization import dense_weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,10 +44,7 @@ def output_factors(model: EditableModel) -> OutputFactors:
 
 
 def _factor(model: EditableModel, layer: nn.Module) -> Float[Tensor, "heads h h"]:
-    projection = layer.get_submodule(model.family.attention_output)
-    weight = projection.weight
-    assert isinstance(weight, Tensor)
-    into = weight.T if isinstance(projection, Conv1D) else weight  # d × (heads · h)
+    into = dense_weight(layer.get_submodule(model.family.attention_output))  # d × (heads · h)
     heads = model.family.decoder_of(model.model).config.num_attention_heads
     of_heads = into.detach().float().unflatten(1, (heads, -1)).transpose(0, 1)
     factor: Tensor = torch.linalg.qr(of_heads, mode="r")[1]
@@ -119,9 +116,10 @@ def _shown(
 
     config = model.family.decoder_of(model.model).config
     before = config._attn_implementation
-    config._attn_implementation = "eager"
+    # Of this config alone: a tower that shares it would see images otherwise.
+    config._attn_implementation = {"": "eager"}
     with ExitStack() as hooks:
-        hooks.callback(setattr, config, "_attn_implementation", before)
+        hooks.callback(setattr, config, "_attn_implementation", {"": before})
         for layer in model.layers:
             attention = layer.get_submodule(model.family.attention)
             hooks.callback(attention.register_forward_hook(keep).remove)

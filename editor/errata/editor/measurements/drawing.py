@@ -83,7 +83,7 @@ def section(findings: Findings, *, anchor: str, plates: Sequence[Plate] | None =
     """One measurement's part of a page, in HTML; `anchor` is what links to it name, `plates` are its plots as drawn."""
     template = environment().get_template("section.html.j2")
     shown = plates if plates is not None else _plates(findings)
-    return template.render(each=findings, plates=shown, anchor=anchor, counted=counted)
+    return template.render(each=findings, plates=shown, anchor=anchor, alone=False, counted=counted)
 
 
 def environment() -> Environment:
@@ -128,10 +128,10 @@ def _caption(findings: Findings, plot: Plot) -> str:
 
 
 def _number(value: float) -> str:
-    """To three digits, with a real minus."""
+    """To three digits, with a real minus; all digits before the point where there are more."""
     if not math.isfinite(value):
         return MISSING if math.isnan(value) else f"{value:+.0f}".replace("inf", "∞").replace("-", "−")
-    return f"{value:.3g}".replace("-", "−")
+    return (f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.3g}").replace("-", "−")
 
 
 def _interval(number: Number) -> str:

@@ -89,11 +89,13 @@ def _labels(lines: Sequence[Line]) -> list[str]:
 
 def _legend_columns(labels: Sequence[str]) -> int:
     """The most columns, each as wide as its widest label, that the figure has room for."""
-    for columns in (4, 3, 2):
-        rows = -(-len(labels) // columns)
-        widest = [max(map(len, labels[at : at + rows])) for at in range(0, len(labels), rows or 1)]
+    for most in (4, 3, 2):
+        rows = max(1, -(-len(labels) // most))
+        columns = -(-len(labels) // rows)
+        # As matplotlib deals the labels out.
+        widest = [max(map(len, part)) for part in np.array_split(np.array(labels), columns or 1) if len(part)]
         if sum(0.34 + CHARACTER * COLUMN.tick * each for each in widest) < WIDTH:
-            return min(columns, len(labels))
+            return max(1, columns)
     return 1
 
 

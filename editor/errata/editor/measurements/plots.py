@@ -36,7 +36,9 @@ def drawn(plot: Plot, *, caption: bool = True) -> tuple[Figure, list[str]]:
         case Overlay():
             figure, notes = _overlay(plot)
     said = ";  ".join(part for part in (plot.caption.rstrip(". "), *notes) if part)
-    head(figure, shown(plot.title, 160), shown(said, 600) if caption else "", COLUMN)
+    # A line ends neither before nor after the sign of a sample count.
+    told = shown(said, 600).replace("n = ", "n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}") if caption else ""
+    head(figure, shown(plot.title, 160), told, COLUMN)
     make_room(figure)
     # Laid out once, here: laid out again at each file's resolution, files of one figure would differ.
     figure.draw_without_rendering()

@@ -129,24 +129,27 @@ def _box(model: EditableModel, question: Question, row: Encoded) -> tuple[set[in
     if len(row.images) != 1:
         return set(), f"the prompt has {len(row.images)} images, and a box needs one"
     run = row.images[0]
-    grid = _grid(row, len(run))
-    if grid is None:
+    patched = grid(row, 0)
+    if patched is None:
         return set(), f"an image's {len(run)} tokens are not one grid of patches"
     left, top, right, bottom = seen(model, question.prompt.images[0].size)
-    rows = _touched(question.box.top, question.box.bottom, top, bottom, grid[0])
-    columns = _touched(question.box.left, question.box.right, left, right, grid[1])
-    patches = {run.start + r * grid[1] + c for r in rows for c in columns}
+    rows = _touched(question.box.top, question.box.bottom, top, bottom, patched[0])
+    columns = _touched(question.box.left, question.box.right, left, right, patched[1])
+    patches = {run.start + r * patched[1] + c for r in rows for c in columns}
     return patches, "" if patches else "the box lies where the processor cuts the image off"
 
 
-def _grid(row: Encoded, tokens: int) -> tuple[int, int] | None:
+def grid(row: Encoded, image: int) -> tuple[int, int] | None:
     """Rows and columns of an image's tokens; None where they are of several frames, or hold more than patches."""
+    tokens = len(row.images[image])
     if "image_grid_thw" in row.vision:
-        _, height, width = row.vision["image_grid_thw"][0].tolist()
+        _, height, width = row.vision["image_grid_thw"][image].tolist()
         merged = math.isqrt(height * width // tokens)
         return height // merged, width // merged
+    if "pixel_values" not in row.vision:
+        return None
     frames, side = math.prod(row.vision["pixel_values"].shape[:-3]), math.isqrt(tokens)
-    return (side, side) if frames == 1 and side * side == tokens else None
+    return (side, side) if frames == len(row.images) and side * side == tokens else None
 
 
 def _touched(low: float, high: float, start: float, stop: float, patches: int) -> range:

@@ -1,6 +1,8 @@
 """Vectors of the residual stream read in the vocabulary: what an MLP's output, a neuron and a change promote.
 
 A vector's product with the head's matrix, *without* the final norm, the largest entries first (Geva et al. 2022, §3).
+Where a norm stands between the MLP and the residual stream, a vector is read with that norm's gain, as it joins; the
+norm's scale, one positive number a token, is left out as the final norm's is.
 """
 
 import math
@@ -9,10 +11,9 @@ from dataclasses import dataclass
 
 from jaxtyping import Float
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
-from errata.editor.delta import weight_of
 from errata.editor.model import EditableModel
+from errata.editor.quantization import dense_weight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,15 +85,15 @@ class Reader:
         return LayerReadout(
             layer=layer,
             neurons=self._neurons(layer, old.keys[n], new.keys[n]),
-            before=self._promoted(old.outputs[n]),
-            written=None if written is None else self._promoted(written),
-            after=self._promoted(new.outputs[n]),
+            before=self._promoted(layer, old.outputs[n]),
+            written=None if written is None else self._promoted(layer, written),
+            after=self._promoted(layer, new.outputs[n]),
         )
 
     def ranks(self, layer: int, n: int, old: State, new: State, token: int) -> list[float]:
         """The token's rank in v before, ΔW k and v after, from 1; NaN for a change that is not there."""
         vectors = (old.outputs[n], self._written(layer, n, new), new.outputs[n])
-        return [math.nan if v is None else self._rank(v, token) for v in vectors]
+        return [math.nan if v is None else self._rank(layer, v, token) for v in vectors]
 
     def share(self, layer: int, n: int, new: State) -> float:
         """‖ΔW k‖ / ‖W k‖; 0 where the layer is not edited."""
@@ -113,25 +114,33 @@ class Reader:
                 key=float(old[i]),
                 key_after=float(new[i]),
                 norm=float(norms[i]),
-                before=self._promoted(old[i] * weight[:, i]),
-                after=self._promoted(new[i] * (weight[:, i] + (change[:, i] if change is not None else 0))),
+                before=self._promoted(layer, old[i] * weight[:, i]),
+                after=self._promoted(layer, new[i] * (weight[:, i] + (change[:, i] if change is not None else 0))),
             )
             for i in chosen
         )
 
-    def _promoted(self, vector: Float[Tensor, " d"]) -> Promoted:
-        found = (self._head @ vector).topk(min(self._tokens, self.vocabulary))
+    def _promoted(self, layer: int, vector: Float[Tensor, " d"]) -> Promoted:
+        found = self._logits(layer, vector).topk(min(self._tokens, self.vocabulary))
         return Promoted(
             tokens=tuple(str(self._model.tokenizer.decode([t])) for t in found.indices.tolist()),
             logits=tuple(found.values.tolist()),
         )
 
-    def _rank(self, vector: Float[Tensor, " d"], token: int) -> float:
-        logits = self._head @ vector
+    def _rank(self, layer: int, vector: Float[Tensor, " d"], token: int) -> float:
+        logits = self._logits(layer, vector)
         return float((logits > logits[token]).sum() + 1)
+
+    def _logits(self, layer: int, vector: Float[Tensor, " d"]) -> Float[Tensor, " vocabulary"]:
+        family = self._model.family
+        if family.normed_mlp(self._model.model):
+            norm = self._model.layers[layer].get_submodule(str(family.mlp_norm))
+            # Ones pass it with a scale of 1, and come out as its gain.
+            vector = vector * norm(vector.new_ones(len(vector)).to(self._model.device)).double().cpu()
+        return self._head @ vector
 
     def _weight(self, layer: int) -> Float[Tensor, "d m"]:
         if layer not in self._weights:
-            weight = weight_of(self._model, layer).detach().double().cpu()
-            self._weights[layer] = weight.T if isinstance(self._model.down_projection(layer), Conv1D) else weight
+            weight = dense_weight(self._model.down_projection(layer))
+            self._weights[layer] = weight.detach().double().cpu()
         return self._weights[layer]

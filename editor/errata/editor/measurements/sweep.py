@@ -87,8 +87,8 @@ def measure_sweep(
         editor = _Editor(model, group, settings, statistics, cancelled)
         judge = _Judge(model, [r for _, r in group], settings)
         for n, layer in enumerate(layers):
-            tell(first * len(layers) + n * len(group), len(kept) * len(layers))
-            edits = editor.at(layer)
+            begun = first * len(layers) + n * len(group)
+            edits = editor.at(layer, _within(tell, begun, len(group), len(kept) * len(layers)))
             for i, made in enumerate(edits, first):
                 losses[i, n], installed[i, n] = made.loss, made.delta is not None
                 if made.delta is None:
@@ -111,6 +111,12 @@ def measure_sweep(
         failed=tuple(_failed(layer, reason, names) for (layer, reason), names in failures.items()),
         skipped=tuple(skipped),
     )
+
+
+def _within(tell: Progress, begun: int, edits: int, total: int) -> Progress:
+    """Tells how far the edits of one layer are by the steps of their values' descent."""
+    tell(begun, total)
+    return lambda step, steps: tell(begun + edits * step // max(steps, 1), total)
 
 
 def _failed(layer: int, reason: str, names: Sequence[str]) -> str:
@@ -182,12 +188,14 @@ class _Editor:
         self._requests = [r.request for _, r in group]
         self._states = [] if settings.together else list(_recorded(model, group, settings.most_contexts))
 
-    def at(self, layer: int) -> list[_Edit]:
+    def at(self, layer: int, progress: Progress) -> list[_Edit]:
         """Every request's edit at one layer: alone, or all the one of the batch."""
         settings = self._settings.edit_at((layer,))
         if self._settings.together:
             return self._batch(settings)
-        values = optimise_values(self._model, self._requests, layer, settings.values, cancelled=self._cancelled)
+        values = optimise_values(
+            self._model, self._requests, layer, settings.values, progress=progress, cancelled=self._cancelled
+        )
         covariances: dict[frozenset[str], Tensor] = {}
         made = []
         for request, states, value in zip(self._requests, self._states, values, strict=True):

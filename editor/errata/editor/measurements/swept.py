@@ -249,4 +249,4 @@ def _notes(lines: Sequence[str]) -> tuple[Table, ...]:
 
 
 def _cell(value: float, bounds: Bounds, layer: int) -> str:
-    return f"{value:.3f} ({bounds[0][layer]:.3f}–{bounds[1][layer]:.3f})"
+    return f"{value:z.3f} ({bounds[0][layer]:z.3f}–{bounds[1][layer]:z.3f})"

@@ -18,7 +18,7 @@ from errata.editor.evaluation import Evaluation, ProbeResult
 from errata.editor.methods import EditResult
 from errata.editor.report import Report, aie_heatmap, png, render_report, trace_heatmap
 from errata.editor.report.pictures import Pictures
-from errata.editor.report.wording import plain
+from errata.editor.report.wording import counted, plain
 from errata.editor.requests import EditRequest
 from errata.editor.trace import AveragedTrace
 from errata.server.ledger.rows import JobRow
@@ -89,7 +89,7 @@ def heatmap(averaged: AveragedTrace) -> bytes:
 def _report(row: JobRow, requests: Sequence[EditRequest], judged: Judged, loaded: LoadedModel) -> Report:
     shown = {r.name: next((c.prompt.images[0] for c in r.contexts if c.prompt.images), None) for r in requests}
     return Report(
-        title=f"{row.model}: {len(requests)} corrected on version {row.version}",
+        title=f"{row.model}: {counted(len(requests), 'request')} edited on version {row.version}",
         created=row.create_time,
         model=row.model,
         base_sha256=loaded.base.base_sha256,

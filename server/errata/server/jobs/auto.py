@@ -24,7 +24,7 @@ from errata.editor.trace import (
 )
 
 _QUESTIONS = 24
-"""Most questions that are traced: the first one of each request."""
+"""Most questions that are traced to choose layers: the first one of each request."""
 
 _FEWEST = 6
 """Where there are fewer requests, further contexts of theirs make up this many questions."""
@@ -40,12 +40,13 @@ def trace_edit(
     *,
     progress: Progress,
     cancelled: Callable[[], bool],
+    most: int = _QUESTIONS,
 ) -> AveragedTrace:
-    """The average over the requests' questions, as `model` answers them.
+    """The average over the requests' questions, at most `most` of them, as `model` answers them.
 
     Raises CorruptionFailedError, with every question's reason, where none could be corrupted; CancelledError.
     """
-    asked = questions(requests)
+    asked = questions(requests, most)
     found: list[CausalTrace] = []
     failed: list[str] = []
     for n, (request, context) in enumerate(asked):
@@ -63,11 +64,11 @@ def trace_edit(
     return average(found)
 
 
-def questions(requests: Sequence[EditRequest]) -> list[tuple[EditRequest, Context]]:
+def questions(requests: Sequence[EditRequest], most: int = _QUESTIONS) -> list[tuple[EditRequest, Context]]:
     """The requests' first contexts, and the next ones in turn while these are few."""
     rounds = zip_longest(*([(r, c) for c in r.contexts] for r in requests))
     in_turn = [asked for asked in chain.from_iterable(rounds) if asked is not None]
-    return in_turn[: min(max(len(requests), _FEWEST), _QUESTIONS)]
+    return in_turn[: min(max(len(requests), _FEWEST), max(most, _FEWEST))]
 
 
 def _traced(

@@ -1,11 +1,12 @@
 """The work of a measurement: its questions measured on a version, by whatever kind was asked for."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol, cast
 
 from errata.editor.delta import Delta, applied
 from errata.editor.errors import InvalidInputError
+from errata.editor.evaluation import Probe
 from errata.editor.measurements.attention import measure_attention
 from errata.editor.measurements.constraints import measure_constraints
 from errata.editor.measurements.failure import measure_failure
@@ -13,13 +14,15 @@ from errata.editor.measurements.findings import Findings
 from errata.editor.measurements.knockout import measure_knockout
 from errata.editor.measurements.lens import measure_lens
 from errata.editor.measurements.noise import measure_noise
-from errata.editor.measurements.questions import Progress
+from errata.editor.measurements.questions import Cancelled, Progress, Question
 from errata.editor.measurements.readout import ReadoutSettings, measure_readout
 from errata.editor.measurements.sweep import SweepRequest, measure_sweep
 from errata.editor.measurements.swept import SweepSettings
 from errata.editor.measurements.windows import measure_windows
 from errata.editor.methods import Method
 from errata.editor.model import EditableModel
+from errata.editor.requests import Context, EditRequest
+from errata.editor.statistics import KeyStatistics
 from errata.server.conversion import Decoder, MeasurementOrder, measurement_outcome, within_settings
 from errata.server.jobs.auto import trace_edit
 from errata.server.jobs.edits import own_probes
@@ -63,6 +66,74 @@ OF_QUESTIONS: Mapping[str, Callable[..., Measured]] = {
     "lens": measure_lens,
 }
 """Kinds that ask a model questions and need no more."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Told:
+    """Who hears of stages with their steps, of each step, and who says whether to go on."""
+
+    stage: Callable[[str, int], None]
+    progress: Progress
+    cancelled: Cancelled
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweptEdits:
+    """What a sweep edits, and the probes that judge it.
+
+    `references` are prompts whose keys stay; `statistics` of them at these layers, None where there are none.
+    """
+
+    requests: Sequence[EditRequest]
+    probes: Sequence[Probe]
+    references: Sequence[Context]
+    statistics: Callable[[tuple[int, ...]], KeyStatistics | None]
+
+
+def read_out(
+    model: EditableModel, deltas: Sequence[Delta], questions: Sequence[Question], settings: ReadoutSettings, told: Told
+) -> Measured:
+    """What the last of the deltas wrote: the model is read with those before it, and then with it."""
+    *parent, delta = (*deltas,) or (None,)
+    with applied(model, *parent):
+        return measure_readout(
+            model, questions, settings, delta=delta, progress=told.progress, cancelled=told.cancelled
+        )
+
+
+def sweep(
+    model: EditableModel, deltas: Sequence[Delta], edits: SweptEdits, settings: SweepSettings, told: Told
+) -> Measured:
+    """Edits of the model with the deltas, traced first and then made at every layer. Statistics are of the base."""
+    requests = [
+        SweepRequest(request=r, probes=tuple(p for p in edits.probes if p.request in (r.name, None)))
+        for r in edits.requests
+    ]
+    told.stage("tracing", len(requests))
+    with applied(model, *deltas):
+        trace = trace_edit(
+            model,
+            edits.requests,
+            edits.references,
+            progress=told.progress,
+            cancelled=told.cancelled,
+            most=len(edits.requests),
+        )
+    statistics = None
+    if settings.method is not Method.MULTEDIT:
+        told.stage("statistics", len(edits.references))
+        statistics = edits.statistics(settings.layers or tuple(range(len(model.layers))))
+    told.stage("measuring", len(requests))
+    with applied(model, *deltas):
+        return measure_sweep(
+            model,
+            requests,
+            settings,
+            trace=trace,
+            statistics=statistics,
+            progress=told.progress,
+            cancelled=told.cancelled,
+        )
 
 
 class MeasurementWork:
@@ -132,49 +203,25 @@ def _of_questions(measure: Callable[..., Measured]) -> Measure:
 
 
 def _readout(subject: Subject) -> Measured:
-    """Of the version's own edit: its parent is read, and then itself."""
-    *parent, delta = (*subject.deltas,) or (None,)
+    """Of the version's own edit."""
     order, job = subject.order, subject.job
     job.stage("measuring", len(order.questions))
-    with applied(subject.model, *parent):
-        return measure_readout(
-            subject.model,
-            order.questions,
-            cast(ReadoutSettings, order.settings),
-            delta=delta,
-            progress=job.step,
-            cancelled=job.cancelled,
-        )
+    settings = cast(ReadoutSettings, order.settings)
+    told = Told(stage=job.stage, progress=job.step, cancelled=job.cancelled)
+    return read_out(subject.model, subject.deltas, order.questions, settings, told)
 
 
 def _sweep(subject: Subject) -> Measured:
-    """Edits that nobody keeps: traced first, then made at every layer."""
-    order, job, model, loaded = subject.order, subject.job, subject.model, subject.loaded
-    settings = cast(SweepSettings, order.settings)
-    references = order.references or loaded.references
-    probes = (*own_probes(order.requests), *order.probes)
-    requests = [
-        SweepRequest(request=r, probes=tuple(p for p in probes if p.request in (r.name, None))) for r in order.requests
-    ]
-    job.stage("tracing", len(order.requests))
-    with applied(model, *subject.deltas):
-        trace = trace_edit(model, order.requests, references, progress=job.step, cancelled=job.cancelled)
-    statistics = None
-    if settings.method is not Method.MULTEDIT:
-        job.stage("statistics", len(references))
-        layers = settings.layers or tuple(range(len(model.layers)))
-        statistics = loaded.statistics(model, layers, order.references, progress=job.step)
-    job.stage("measuring", len(requests))
-    with applied(model, *subject.deltas):
-        return measure_sweep(
-            model,
-            requests,
-            settings,
-            trace=trace,
-            statistics=statistics,
-            progress=job.step,
-            cancelled=job.cancelled,
-        )
+    """Edits of the version that nobody keeps."""
+    order, job, loaded = subject.order, subject.job, subject.loaded
+    edits = SweptEdits(
+        requests=order.requests,
+        probes=(*own_probes(order.requests), *order.probes),
+        references=order.references or loaded.references,
+        statistics=lambda layers: loaded.statistics(subject.model, layers, order.references, progress=job.step),
+    )
+    told = Told(stage=job.stage, progress=job.step, cancelled=job.cancelled)
+    return sweep(subject.model, subject.deltas, edits, cast(SweepSettings, order.settings), told)
 
 
 MEASURES: Mapping[str, Measure] = {

@@ -88,7 +88,8 @@ def metrics(findings: measurement_pb2.Findings, time: int) -> Iterator[Metric]:
 
 def note(findings: measurement_pb2.Findings) -> str:
     """For MLflow's page of the run: the numbers, and what was left out."""
-    head = [f"**{markdown(findings.title)}**, n = {findings.n}", "", "| | | 95 % interval | n |", "|---|---|---|---|"]
+    columns = ("| number | value | 95 % interval | unit | n |", "|---|---|---|---|---|")
+    head = [f"**{markdown(findings.title)}**, n = {findings.n}", "", *columns]
     lines = [*head, *map(_row, findings.numbers), "", *(f"- left out: {markdown(line)}" for line in findings.skipped)]
     while len("\n".join(lines)) > LIMIT:
         lines.pop()
@@ -97,7 +98,8 @@ def note(findings: measurement_pb2.Findings) -> str:
 
 def _row(number: measurement_pb2.MeasuredNumber) -> str:
     bounds = f"{number.low:.4g} – {number.high:.4g}" if number.HasField("low") and number.HasField("high") else ""
-    return f"| {markdown(number.name)} | **{number.value:.4g}** {markdown(number.unit)} | {bounds} | {number.n} |"
+    said = (markdown(number.name), f"**{number.value:.4g}**", bounds, markdown(number.unit), str(number.n))
+    return f"| {' | '.join(said)} |"
 
 
 def _name(told: str) -> str:

@@ -3,7 +3,7 @@
 Reading finds everything that is wrong before it complains, with file, line and field; nothing is loaded or run.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Annotated, Literal, Self, cast
@@ -14,7 +14,7 @@ from errata.editor.checkpoints import ATLAS
 from errata.editor.errors import InvalidInputError
 from errata.editor.methods import Method
 from errata.server.conversion.measuring import SETTINGS, SWEEP
-from errata.server.studies.source import Place, Source, StudyError, read_source, said, unknown
+from errata.server.studies.source import Place, StudyError, read_source, said, unknown
 
 READOUT = "readout"
 """The kind that can read what an edit wrote."""
@@ -141,15 +141,17 @@ class Study(_Entry):
 def read_study(path: Path) -> Study:
     """Reads a study. Raises StudyError with every problem of the file."""
     source = read_source(path)
+    wrong: list[tuple[Place, str]] = []
     try:
-        study = Study.model_validate(source.data)
+        study: Study | None = Study.model_validate(source.data)
     except ValidationError as error:
-        raise StudyError(
-            [source.problem(_place(e["loc"]), said(e, _known(e["loc"]))) for e in error.errors()]
-        ) from None
-    if problems := [source.problem(place, message) for place, message in _faults(study)]:
-        raise StudyError(problems)
-    _check_files(study, source)
+        wrong = [(_place(e["loc"]), said(e, _known(e["loc"]))) for e in error.errors()]
+        study = _sound(source.data, [place for place, _ in wrong])
+    if study is not None:
+        wrong += [*_faults(study, source.data), *_missing_files(study, path.parent)]
+    if study is None or wrong:
+        problems = [source.problem(place, message) for place, message in wrong]
+        raise StudyError(sorted(problems, key=lambda each: each.line))
     return study
 
 
@@ -174,19 +176,39 @@ def _settings_fields(kind: str) -> list[str]:
     return [f.name for f in fields(SETTINGS[kind])]  # type: ignore[arg-type]  # every settings type is a dataclass
 
 
-def _faults(study: Study) -> Iterator[tuple[Place, str]]:
+def _sound(given: object, wrong: Sequence[Place]) -> Study | None:
+    """The study without the entries that are wrong, to find what else is; None where nothing can be made of it."""
+    if not isinstance(given, dict):
+        return None
+    left = {key: dict(part) if isinstance(part, dict) else part for key, part in given.items()}
+    for first, *rest in filter(None, wrong):
+        part = left.get(first)
+        if first in _MAPPINGS and rest and isinstance(part, dict):
+            part.pop(rest[0], None)
+        else:
+            left.pop(first, None)
+    try:
+        return Study.model_validate(left)
+    except ValidationError:
+        return None
+
+
+def _faults(study: Study, given: object) -> Iterator[tuple[Place, str]]:
+    """What is wrong between entries. `given` is the file's data, whose names may be of entries that are wrong."""
+    assert isinstance(given, dict)
+    named = {field: given.get(field) or getattr(study, field) for field in ("models", "data")}
     for name, data in study.data.items():
         for i, other in enumerate(data.join):
-            if other not in study.data:
-                yield ("data", name, "join", i), unknown(other, study.data, "data")
-            elif study.data[other].join:
+            if other not in named["data"]:
+                yield ("data", name, "join", i), unknown(other, named["data"], "data")
+            elif other in study.data and study.data[other].join:
                 yield ("data", name, "join", i), f"{other!r} joins others itself; name those"
     for name, entry in study.measurements.items():
-        yield from ((("measurements", name, *place), message) for place, message in _entry_faults(study, entry))
+        yield from ((("measurements", name, *place), message) for place, message in _entry_faults(entry, named))
 
 
-def _entry_faults(study: Study, entry: MeasurementEntry) -> Iterator[tuple[Place, str]]:
-    for field, there in (("models", study.models), ("data", study.data)):
+def _entry_faults(entry: MeasurementEntry, named: Mapping[str, Collection[str]]) -> Iterator[tuple[Place, str]]:
+    for field, there in named.items():
         for i, name in enumerate(getattr(entry, field)):
             if name not in there:
                 yield (field, i), unknown(name, there, field.removesuffix("s"))
@@ -211,8 +233,7 @@ def _settings_faults(entry: MeasurementEntry) -> Iterator[tuple[Place, str]]:
         yield from ((e["loc"], said(e, known)) for e in error.errors())
 
 
-def _check_files(study: Study, source: Source) -> None:
-    folder = source.path.parent
+def _missing_files(study: Study, folder: Path) -> Iterator[tuple[Place, str]]:
     named: list[tuple[Place, str]] = []
     for name, model in study.models.items():
         named += [
@@ -222,13 +243,9 @@ def _check_files(study: Study, source: Source) -> None:
         named += [
             (("data", name, field), path) for field in ("path", "images", "answers") if (path := getattr(data, field))
         ]
-    problems = [
-        source.problem(place, f"there is no {path!r} beside the study's file; check the path")
-        for place, path in named
-        if not (folder / path).exists()
-    ]
-    if problems:
-        raise StudyError(problems)
+    for place, path in named:
+        if not (folder / path).exists():
+            yield place, f"there is no {path!r} beside the study's file; check the path"
 
 
 def _tupled(given: object, *names: str) -> object:

@@ -12,14 +12,13 @@ from errata.editor.checkpoints import ATLAS, load_model
 from errata.editor.delta import Delta, applied, load_delta
 from errata.editor.measurements.findings import Findings
 from errata.editor.measurements.questions import Cancelled
-from errata.editor.measurements.readout import ReadoutSettings, measure_readout
-from errata.editor.measurements.sweep import SweepRequest, measure_sweep
+from errata.editor.measurements.readout import ReadoutSettings
 from errata.editor.measurements.swept import SweepSettings
 from errata.editor.methods import EditSettings, Method, edit
 from errata.editor.model import EditableModel
 from errata.editor.requests import Context
 from errata.editor.statistics import KeyStatistics, key_statistics
-from errata.server.jobs.auto import trace_edit
+from errata.server.jobs import measurements
 from errata.server.jobs.measurements import OF_QUESTIONS, Measured
 from errata.server.jobs.references import read_references
 from errata.server.local import LocalVersions
@@ -97,19 +96,14 @@ def _of_questions(kind: Callable[..., Measured]) -> _Measure:
 
 def _readout(work: Work) -> tuple[Measured, tuple[str, ...]]:
     """Of an edit that is made for it; else of the model's adapter; else of the base alone."""
-    cell = work.cell
+    cell, deltas = work.cell, work.opened.deltas
     if cell.measurement.edit is None:
-        asked, (*parent, delta) = (
-            questions_of(cell.data, cell.folder, cell.seed or 0),
-            (*work.opened.deltas,) or (None,),
-        )
+        asked = questions_of(cell.data, cell.folder, cell.seed or 0)
     else:
         edits = edits_of(cell.data, cell.folder, cell.seed or 0)
-        asked, parent, delta = edited_questions(edits), list(work.opened.deltas), _edited(work, edits)
-    with applied(work.model, *parent):
-        settings = cast(ReadoutSettings, cell.settings)
-        found = measure_readout(work.model, asked.questions, settings, delta=delta, cancelled=work.cancelled)
-    return found, asked.skipped
+        asked, deltas = edited_questions(edits), (*deltas, _edited(work, edits))
+    settings = cast(ReadoutSettings, cell.settings)
+    return measurements.read_out(work.model, deltas, asked.questions, settings, _told(work)), asked.skipped
 
 
 def _edited(work: Work, edits: Edits) -> Delta:
@@ -117,26 +111,28 @@ def _edited(work: Work, edits: Edits) -> Delta:
     assert entry is not None
     settings = EditSettings(layers=entry.layers, method=entry.method)
     work.model.check_layers(entry.layers, field="edit.layers")
+    statistics = _statistics(work, entry.layers, entry.method)
     with applied(work.model, *work.opened.deltas):
-        statistics = _statistics(work, entry.layers, entry.method)
         return edit(work.model, edits.requests, settings, statistics, cancelled=work.cancelled).delta
 
 
 def _sweep(work: Work) -> tuple[Measured, tuple[str, ...]]:
-    """Edits that nobody keeps: traced first, then made at every layer."""
-    cell, model = work.cell, work.model
+    """Edits that nobody keeps."""
+    cell = work.cell
     settings = cast(SweepSettings, cell.settings)
-    edits = edits_of(cell.data, cell.folder, cell.seed or 0)
-    swept = [
-        SweepRequest(request=r, probes=tuple(p for p in edits.probes if p.request in (r.name, None)))
-        for r in edits.requests
-    ]
-    layers = settings.layers or tuple(range(len(model.layers)))
-    with applied(model, *work.opened.deltas):
-        trace = trace_edit(model, edits.requests, _references(work), progress=lambda *_: None, cancelled=work.cancelled)
-        statistics = _statistics(work, layers, settings.method)
-        found = measure_sweep(model, swept, settings, trace=trace, statistics=statistics, cancelled=work.cancelled)
-    return found, edits.skipped
+    made = edits_of(cell.data, cell.folder, cell.seed or 0)
+    edits = measurements.SweptEdits(
+        requests=made.requests,
+        probes=made.probes,
+        references=_references(work),
+        statistics=lambda layers: _statistics(work, layers, settings.method),
+    )
+    return measurements.sweep(work.model, work.opened.deltas, edits, settings, _told(work)), made.skipped
+
+
+def _told(work: Work) -> measurements.Told:
+    """A cell says nothing on its way, and hears when it is to stop."""
+    return measurements.Told(stage=lambda *_: None, progress=lambda *_: None, cancelled=work.cancelled)
 
 
 def _references(work: Work) -> tuple[Context, ...]:

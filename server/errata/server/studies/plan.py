@@ -7,15 +7,19 @@ no cell of its own.
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from errata.editor.checkpoints import ATLAS, atlas_folder, hash_files, weight_files
 from errata.editor.datasets.lines import read_lines
 from errata.editor.datasets.records import Record
 from errata.editor.datasets.vqa_constraints import VqaConstraints, read_vqa_constraints
+from errata.editor.errors import ErrataError
 from errata.server.studies.format import DataEntry, MeasurementEntry, ModelEntry, Study, seeded, settings_of
+
+T = TypeVar("T")
 
 _FORMAT = 1
 """Of what is hashed and of what is stored: another one is measured anew."""
@@ -60,15 +64,26 @@ class Cell:
 def plan(study: Study, folder: Path) -> tuple[Cell, ...]:
     """All cells, those of one model together. Reads weights and data to know them again; loads neither.
 
-    Raises ModelError, InvalidInputError and its kinds for a model or data that cannot be read.
+    Raises ErrataError with what is wrong with all models and data that cannot be read.
     """
-    models = {name: _model_identity(entry, folder) for name, entry in study.models.items()}
-    sets = {
-        name: [_data_identity(part, folder) for part in study.parts(name)]
-        for name in study.data
-        if any(name in (m.data or study.data) for m in study.measurements.values())
-    }
+    used = [name for name in study.data if any(name in (m.data or study.data) for m in study.measurements.values())]
+    models, no_models = _each(study.models, lambda name: _model_identity(study.models[name], folder))
+    sets, no_data = _each(used, lambda name: [_data_identity(part, folder) for part in study.parts(name)])
+    if wrong := [f"models.{told}" for told in no_models] + [f"data.{told}" for told in no_data]:
+        raise ErrataError("\n".join(wrong))
     return tuple(cell for model, known in models.items() for cell in _of_model(study, folder, model, known, sets))
+
+
+def _each(names: Iterable[str], known: Callable[[str], T]) -> tuple[dict[str, T], list[str]]:
+    """What is known of each by its name, and a line for each of which nothing can be known."""
+    found: dict[str, T] = {}
+    wrong = []
+    for name in names:
+        try:
+            found[name] = known(name)
+        except ErrataError as error:
+            wrong.append(f"{name}: {error}")
+    return found, wrong
 
 
 def _of_model(study: Study, folder: Path, model: str, known: object, sets: dict[str, list[object]]) -> Iterator[Cell]:

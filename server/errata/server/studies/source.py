@@ -6,28 +6,20 @@ Loads plain data only: no tag makes an object.
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
+from itertools import chain
 from pathlib import Path
 
 import yaml
 from pydantic_core import ErrorDetails
 
+from errata.editor.datasets.records import Problem
 from errata.editor.errors import ErrataError
+
+_MOST_PARTS = 100_000
+"""With all that aliases repeat: a file of a few lines can stand for more than any memory holds."""
 
 Place = Sequence[str | int]
 """Keys and indices from the root down."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Problem:
-    """One thing that is wrong: the file, its line counted from 1, the field (dotted; empty for all of it)."""
-
-    file: str
-    line: int
-    field: str
-    message: str
-
-    def __str__(self) -> str:
-        return ": ".join(part for part in (f"{self.file}:{self.line}", self.field, self.message) if part)
 
 
 class StudyError(ErrataError):
@@ -70,6 +62,9 @@ def read_source(path: Path) -> Source:
         root = loader.get_single_node()
         if root is None:
             raise _error(path, 1, "the file is empty; write a study")
+        if (parts := _parts(root, {})) > _MOST_PARTS:
+            told = f"with all that its aliases (*) repeat it has {parts} parts; {_MOST_PARTS} are read at most"
+            raise _error(path, 1, told)
         if doubled := list(_doubled(root, set())):
             raise StudyError([Problem(file=path.name, line=line, field="", message=m) for line, m in doubled])
         return Source(path, loader.construct_document(root), root)
@@ -113,6 +108,16 @@ def unknown(name: str, known: Collection[str], what: str = "field") -> str:
 
 def _error(path: Path, line: int, message: str) -> StudyError:
     return StudyError([Problem(file=path.name, line=line, field="", message=message)])
+
+
+def _parts(node: yaml.Node, counted: dict[int, int]) -> int:
+    """How many parts a node has, each counted as often as aliases and merges (`<<`) repeat it."""
+    if id(node) not in counted:
+        counted[id(node)] = 0  # what holds itself
+        below = node.value if isinstance(node, yaml.CollectionNode) else ()
+        items = chain.from_iterable(below) if isinstance(node, yaml.MappingNode) else below
+        counted[id(node)] = 1 + sum(_parts(each, counted) for each in items)
+    return counted[id(node)]
 
 
 def _child(node: yaml.Node, step: str | int) -> tuple[yaml.Node, int] | None:
