@@ -78,13 +78,17 @@ def study(
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where results are kept; a rerun goes on there.")],
     jobs: Annotated[int, typer.Option(min=1, help="Processes that measure at once.")] = 1,
     mlflow: Annotated[str | None, typer.Option(metavar="URI", help="By default a database in FOLDER.")] = None,
+    cluster: Annotated[str | None, typer.Option(metavar="ADDRESS", help="A Ray cluster to measure on.")] = None,
+    gpus: Annotated[float, typer.Option(min=0, help="GPUs of each of its workers.")] = 0.0,
 ) -> None:
-    """Run a file of measurements on this machine: figures, a page, an MLflow experiment.
+    """Run a file of measurements: figures, a page, an MLflow experiment.
 
     Needs pip install 'errata[server]'. A study that was stopped goes on.
     """
     _require_server()
     options = ["--jobs", str(jobs), *(["--mlflow", mlflow] if mlflow else [])] if action == "run" else []
+    if cluster and action == "run":
+        options += ["--cluster", cluster, "--gpus", str(gpus)]
     command = [sys.executable, "-m", "errata.server", "study", action, str(file), "--out", str(out), "--json", *options]
     with _running(command, stdout=subprocess.PIPE, stop=signal.SIGINT) as process:
         assert process.stdout is not None

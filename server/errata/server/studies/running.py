@@ -51,6 +51,9 @@ Pool = Callable[[int, Path], Executor]
 Told = Callable[[Cell, Outcome], None]
 """Called with each cell as it ends."""
 
+Measure = Callable[[Sequence[Cell], Place, Told], None]
+"""Measures cells into their place: in processes of this machine, or elsewhere (`cluster.studies`)."""
+
 
 def processes(jobs: int, stop: Path) -> Executor:
     """New processes with one thread of torch's each, which end with this one."""

@@ -14,7 +14,7 @@ from errata.server.studies.page import write_page
 from errata.server.studies.plan import Cell, plan
 from errata.server.studies.publishing import experiment_name, publish
 from errata.server.studies.results import Place
-from errata.server.studies.running import Outcome, Pool, processes, run
+from errata.server.studies.running import Measure, Outcome, Pool, processes, run
 
 from mlflow.exceptions import MlflowException  # isort: skip  # after the registry's package, which quiets it
 
@@ -60,10 +60,12 @@ def run_study(
     mlflow: str | None = None,
     told: Callable[[str], None] = lambda _line: None,
     pool: Pool = processes,
+    measured: Measure | None = None,
 ) -> Report:
     """Runs what is missing of a study, writes its page and publishes it. One at a time in a folder.
 
     `mlflow` is a tracking URI; None: a database in `out`. `told` is called with a line for people now and then.
+    `measured` is what measures the cells; None: `jobs` workers of `pool`.
     Raises StudyError for a file with faults, PublishingError, ErrataError for models or data that cannot be read, and
     KeyboardInterrupt: the page is written then, and nothing is published.
     """
@@ -83,7 +85,10 @@ def run_study(
     out.mkdir(parents=True, exist_ok=True)
     uri = mlflow or _database(out)
     try:
-        run(missing, place, ended, jobs=jobs, pool=pool)
+        if measured is None:
+            run(missing, place, ended, jobs=jobs, pool=pool)
+        elif missing:
+            measured(missing, place, ended)
     finally:
         write_page(study, cells, failed, place)
     return Report(

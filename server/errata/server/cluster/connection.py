@@ -1,0 +1,77 @@
+"""A Ray cluster to work on: one that runs already, or one on this machine for as long as it is needed."""
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+
+from errata.server.cluster.errors import ClusterError
+
+_SECONDS = 10.0
+"""That the cluster's head may take to answer."""
+
+LOCAL = "local"
+"""The address of a cluster that is started here, and ends with its user."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterSettings:
+    """Where the cluster is: "auto" (that of this machine), HOST:PORT, ray://HOST:PORT, or "local".
+
+    The rest is for a local one: `cpus` that it may give to workers (None: those there are), bytes of its object store
+    (None: Ray's default, a third of the memory), the folder of its sockets and logs (None: Ray's own).
+    """
+
+    address: str = LOCAL
+    cpus: int | None = None
+    object_store_bytes: int | None = None
+    folder: Path | None = None
+
+
+@contextmanager
+def connected(settings: ClusterSettings) -> Iterator[None]:
+    """While open, this process is a driver of the cluster. Its workers end with it.
+
+    Raises ClusterError where there is no cluster, or this process has one already.
+    """
+    if ray.is_initialized():
+        raise ClusterError("this process is connected to a cluster already; end that connection first")
+    # Ray would report to its makers what it is used for, unless whoever runs it says otherwise.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    try:
+        _look_for(settings.address)
+        if settings.address == LOCAL:
+            _start(settings)
+        else:
+            ray.init(address=settings.address, logging_level=logging.WARNING, log_to_driver=False)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        said = " ".join(str(error).split())
+        raise ClusterError(f"there is no Ray cluster at {settings.address!r}: {said}; check the address") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _look_for(address: str) -> None:
+    """Raises OSError where nobody listens at HOST:PORT: Ray would try for a minute, and end the process then."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if colon:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS).close()
+
+
+def _start(settings: ClusterSettings) -> None:
+    ray.init(
+        address=LOCAL,
+        num_cpus=settings.cpus,
+        object_store_memory=settings.object_store_bytes,
+        include_dashboard=False,
+        logging_level=logging.WARNING,
+        log_to_driver=False,
+        _temp_dir=str(settings.folder.absolute()) if settings.folder else None,
+    )

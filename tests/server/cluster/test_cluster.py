@@ -1,0 +1,354 @@
+"""A cluster with two workers on this machine: it finds and answers what one process does, and loses nothing."""
+
+import asyncio
+import socket
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import NoReturn
+
+import deeds
+import grpc
+import numpy as np
+import pytest
+import torch
+import yaml
+from google.rpc import error_details_pb2, status_pb2
+from hosting import BASE, SECONDS, Hosted, Stubs, generate_message, hosting, question, refused
+from ray.exceptions import ActorDiedError
+from ray.serve import Application
+from ray.serve.schema import ServeDeploySchema
+from typer.testing import CliRunner
+
+from errata.client import Errata, Prompt
+from errata.editor.atlas.facts import errata, probes, trace_requests
+from errata.editor.atlas.world import Attribute
+from errata.editor.checkpoints import load_model
+from errata.editor.delta import Delta, LowRank, applied, weight_of
+from errata.editor.errors import ConstraintNotFoundError, InvalidInputError
+from errata.editor.evaluation import evaluate
+from errata.editor.model import EditableModel
+from errata.editor.prompts import Constraint
+from errata.editor.states import Component
+from errata.editor.trace import CausalTrace, TraceSettings, trace
+from errata.server.cluster.connection import ClusterSettings, connected
+from errata.server.cluster.errors import ClusterError, Fault, WorkerLostError
+from errata.server.cluster.front import REPLICA_KEY, Front
+from errata.server.cluster.replica import Replica
+from errata.server.cluster.serving import NAME, SERVICERS, ReplicaSettings, application, bound, serving
+from errata.server.cluster.sharding import ModelSource, sharded_evaluation, sharded_traces
+from errata.server.cluster.studies import on_cluster
+from errata.server.cluster.workers import Workers, WorkerSettings
+from errata.server.errors import LedgerUnavailableError
+from errata.server.settings import Settings, SettingsError
+from errata.server.studies.command import studies
+from errata.server.studies.format import read_study
+from errata.server.studies.plan import Cell, plan
+from errata.server.studies.results import Place
+from errata.server.studies.running import Outcome, measure_cell
+from errata.v1 import inference_pb2
+
+TWO = WorkerSettings(workers=2)
+FEW = TraceSettings(components=(Component.MLP,))
+
+
+@pytest.fixture(scope="module")
+def atlas() -> EditableModel:
+    return load_model("atlas")
+
+
+def some_delta(model: EditableModel, seed: int, size: float) -> Delta:
+    """Of size 3 it changes some answers and not all."""
+    random = torch.Generator().manual_seed(seed)
+    d, m = weight_of(model, 1).shape
+    low = LowRank(a=torch.randn(2, m, generator=random) * 0.1, b=torch.randn(d, 2, generator=random) * size)
+    return Delta(base_sha256=model.base_sha256, layers={1: low}, modules={1: model.down_projection_name(1)})
+
+
+def test_an_error_crosses_processes_whole() -> None:
+    invalid = Fault.of(InvalidInputError("it is no word", field="target").within("requests[2]")).error
+    assert type(invalid) is InvalidInputError
+    assert str(invalid) == "requests[2].target: it is no word"
+    busy = Fault.of(LedgerUnavailableError("later", retry_after=2.5, reason="ELSEWHERE")).error
+    assert isinstance(busy, LedgerUnavailableError)
+    assert (busy.retry_after, busy.said_reason) == (2.5, "ELSEWHERE")
+
+
+def test_a_cluster_that_is_not_there_is_said_to_be_missing() -> None:
+    nowhere = connected(ClusterSettings(address="127.0.0.1:1"))
+    with pytest.raises(ClusterError, match=r"no Ray cluster at '127\.0\.0\.1:1'"), nowhere:
+        pass
+
+
+def test_workers_need_something_to_work_with() -> None:
+    for given in ({"workers": 0}, {"workers": 1, "cpus": 0}, {"workers": 1, "gpus": -0.5}):
+        with pytest.raises(InvalidInputError, match="give at least"):
+            WorkerSettings(**given)  # type: ignore[arg-type]
+
+
+def test_replicas_need_leave_to_listen_everywhere_and_the_servers_folder(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="insecure_ok = true"):
+        bound(Settings(data_dir=tmp_path), ReplicaSettings())
+    with pytest.raises(ClusterError, match="give all nodes the server's data_dir"):
+        Replica(Settings(data_dir=tmp_path / "gone"))
+
+
+def test_the_example_is_a_configuration_that_serve_takes_and_builds_the_application(tmp_path: Path) -> None:
+    example = yaml.safe_load((Path(__file__).parents[3] / "examples" / "cluster" / "serve.yaml").read_text())
+    deployed = ServeDeploySchema.model_validate(example)
+    assert deployed.grpc_options.grpc_servicer_functions == SERVICERS
+    [entry] = deployed.applications
+    assert (entry.import_path, entry.name) == (f"{application.__module__}:{application.__name__}", NAME)
+    settings = tmp_path / "errata.toml"
+    settings.write_text("insecure_ok = true")
+    built = application(ReplicaSettings.model_validate({**entry.args, "config": settings}))
+    assert isinstance(built, Application)
+
+
+class Gone:
+    """A handle to replicas, each of which dies of its call."""
+
+    @property
+    def call(self) -> "Gone":
+        return self
+
+    stream = call
+
+    def options(self, **_: object) -> "Gone":
+        return self
+
+    def remote(self, *_: object) -> "Gone":
+        return self
+
+    def __await__(self) -> NoReturn:
+        raise ActorDiedError
+
+    def __aiter__(self) -> "Gone":
+        return self
+
+    async def __anext__(self) -> NoReturn:
+        raise ActorDiedError
+
+
+class Call:
+    """gRPC's side of a call at Ray's proxy."""
+
+    code = details = None
+    trailing: Sequence[tuple[str, str | bytes]] = ()
+
+    def invocation_metadata(self) -> list[tuple[str, str]]:
+        return []
+
+    def set_code(self, code: grpc.StatusCode) -> None:
+        self.code = code
+
+    def set_details(self, details: str) -> None:
+        self.details = details
+
+    def set_trailing_metadata(self, trailing: Sequence[tuple[str, str | bytes]]) -> None:
+        self.trailing = trailing
+
+
+def test_a_call_whose_replica_died_is_to_be_repeated() -> None:
+    front = Front.func_or_class(Gone())
+    request = generate_message()
+
+    async def streamed(call: Call) -> None:
+        sent = inference_pb2.StreamGenerateRequest(request=request)
+        assert [each async for each in front.StreamGenerate(sent, call)] == [inference_pb2.StreamGenerateResponse()]
+
+    for ask in (partial(front.Generate, request), partial(front.Score, inference_pb2.ScoreRequest()), streamed):
+        call = Call()
+        asyncio.run(ask(call))
+        status = status_pb2.Status.FromString(dict(call.trailing)["grpc-status-details-bin"])
+        info = error_details_pb2.ErrorInfo()
+        assert any(detail.Unpack(info) for detail in status.details)
+        assert (call.code, info.reason) == (grpc.StatusCode.UNAVAILABLE, "REPLICA_LOST")
+        assert dict(call.trailing)["grpc-retry-pushback-ms"] == "1000"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_traces_and_an_evaluation_over_two_workers_are_those_of_one_process(atlas: EditableModel) -> None:
+    good = trace_requests(3)
+    mistyped = replace(good[0], constraint=Constraint(text="this contry"))
+    asked = [good[0], mistyped, *good[1:]]
+    judged = probes([errata()[0]], per_fact=2, others=3)
+    reference = [p.prompt for p in judged[:3]]
+    parent, child = some_delta(atlas, 1, 0.3), some_delta(atlas, 2, 3.0)
+    with Workers(ModelSource(), TWO) as workers:
+        found = sharded_traces(workers, asked, FEW, deltas=[parent])
+        evaluated = sharded_evaluation(workers, judged, child, parent=[parent], reference=reference, probes_per_shard=5)
+        assert workers.retried == 0
+    assert isinstance(found[1], ConstraintNotFoundError)
+    assert found[1].field == "constraint.text"
+    with applied(atlas, parent):
+        for request, traced in zip(good, [found[0], *found[2:]], strict=True):
+            alone = trace(atlas, request, FEW)
+            assert isinstance(traced, CausalTrace)
+            np.testing.assert_allclose(traced.restored, alone.restored, rtol=0, atol=1e-6)
+            assert (traced.answer, traced.tokens, traced.constraint) == (alone.answer, alone.tokens, alone.constraint)
+        whole = evaluate(atlas, judged, applied(atlas, child), reference=reference)
+    assert [r.after for r in evaluated.results] == [r.after for r in whole.results]
+    assert evaluated.results == whole.results
+    told = [(e.drift, e.fluency_before, e.fluency) for e in (evaluated, whole)]
+    assert told[0] == pytest.approx(told[1], abs=1e-6)
+    assert 0 < sum(r.before != r.after for r in whole.results) < len(whole.results)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_a_shard_whose_worker_died_is_done_by_another_and_one_that_kills_twice_ends_alone(tmp_path: Path) -> None:
+    told: list[str] = []
+    with Workers(deeds.nothing, TWO, told=told.append) as workers:
+        done = {each.shard: each.outcome for each in workers.map(deeds.once_deadly, [tmp_path] * 3)}
+        assert workers.retried == len(told) == 1
+        assert "its worker died" in told[0]
+        ended = {each.shard: each.outcome for each in workers.map(deeds.as_told, ["a", "die", "refuse", "b"])}
+        assert (workers.retried, len(told), len(workers)) == (2, 2, 2)
+    assert sorted(done) == [0, 1, 2]
+    assert all(isinstance(pid, int) for pid in done.values())
+    assert (ended[0], ended[3]) == ("a", "b")
+    assert isinstance(ended[1], WorkerLostError)
+    assert isinstance(ended[2], InvalidInputError)
+    assert ended[2].field == "told"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_workers_that_cannot_open_what_they_need_say_why_at_once(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="look elsewhere"), Workers(deeds.refuses, TWO):
+        pass
+    with pytest.raises(ClusterError, match="a folder that all nodes share"):
+        on_cluster(WorkerSettings(workers=1))([], Place(out=tmp_path / "gone"), lambda *_: None)
+
+
+STUDY = {
+    "study": "on a cluster",
+    "data": {"words": {"atlas": "textual", "n": 2}, "gone": {"path": "gone.json"}},
+    "measurements": {"lens": {"kind": "lens"}},
+    "seeds": [0, 1],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_a_studys_cells_on_a_cluster_are_those_of_this_process(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    (tmp_path / "gone.json").write_text("[]")
+    file.write_text(yaml.safe_dump(STUDY))
+    cells = plan(read_study(file), tmp_path)
+    here, there = Place(out=tmp_path / "here"), Place(out=tmp_path / "there")
+    there.out.mkdir()
+    ended: list[tuple[Cell, Outcome]] = []
+    on_cluster(TWO)(cells, there, lambda *each: ended.append(each))
+    assert sorted(cell.label for cell, _ in ended) == sorted(cell.label for cell in cells)
+    for cell, outcome in ended:
+        alone = measure_cell(cell, here)
+        assert (there.has(cell.id), outcome.failed) == (here.has(cell.id), alone.failed)
+        if not alone.failed:
+            read = [(place.cells / cell.id / "findings.json").read_text() for place in (there, here)]
+            assert read[0] == read[1]
+    assert {bool(outcome.failed) for _, outcome in ended} == {True, False}
+    ran = CliRunner().invoke(studies, ["run", str(file), "--out", str(there.out), "--cluster", "auto"])
+    assert ran.exit_code == 1
+    assert "connected to a cluster already" in ran.output
+
+
+@dataclass(frozen=True)
+class Served:
+    """A plain server, and replicas that read its ledger and ask for tokens."""
+
+    plain: Hosted
+    address: str
+    token: str
+    version: str
+    replicas: Stubs
+
+
+@pytest.fixture(scope="module")
+def served(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    settings = Settings(
+        data_dir=tmp_path_factory.mktemp("data"), port=0, mlflow_uri="none", insecure_ok=True, drain_seconds=5.0
+    )
+    with hosting(settings) as plain:
+        plain.loaded()
+        version = plain.version()
+        token = plain.server.stores.ledger.create_token("reader", {"*": "reader"})
+        replicas = bound(settings.model_copy(update={"auth": True}), ReplicaSettings(replicas=2))
+        port, http_port = free_ports(2)
+        with (
+            serving(replicas, port=port, http_port=http_port) as address,
+            grpc.insecure_channel(address) as channel,
+        ):
+            yield Served(plain, address, token, version, Stubs(channel))
+
+
+def free_ports(n: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(n)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+@pytest.mark.slow
+def test_replicas_answer_the_ordinary_client_as_the_server_does(served: Served) -> None:
+    known = question("Estonia", Attribute.CURRENCY).prompt
+    asked = Prompt(known.text, images=known.images)
+    with (
+        Errata(served.address, token=served.token, timeout=SECONDS) as replicas,
+        Errata(served.plain.server.address, timeout=SECONDS) as plain,
+    ):
+        told = {version: plain.generate(version, asked) for version in ("atlas@0", served.version)}
+        assert len({each.text for each in told.values()}) == 2
+        for version, expected in told.items():
+            assert replicas.generate(version, asked) == expected
+            stream = replicas.stream(version, asked)
+            assert "".join(stream) == expected.text
+            assert stream.result() == expected
+            candidates = [each.text for each in told.values()]
+            assert replicas.score(version, asked, candidates) == plain.score(version, asked, candidates)
+        assert replicas.generate("atlas", asked) == told["atlas@0"]
+        plain.promote(served.version)
+        assert replicas.generate("atlas", asked) == told[served.version]
+
+
+@pytest.mark.slow
+def test_both_replicas_answer_and_versions_may_be_mixed(served: Served) -> None:
+    versions = [BASE, served.version] * 16
+    expected = {v: served.plain.call.inference.Generate(generate_message("Estonia", v)).text for v in set(versions)}
+    metadata = (("authorization", f"Bearer {served.token}"),)
+
+    def answer(version: str) -> tuple[str, str]:
+        call = served.replicas.inference.Generate.with_call
+        told, rpc = call(generate_message("Estonia", version), metadata=metadata, timeout=SECONDS)
+        return told.text, dict(rpc.trailing_metadata())[REPLICA_KEY]
+
+    with ThreadPoolExecutor(len(versions)) as callers:
+        answers = list(callers.map(answer, versions))
+    assert [text for text, _ in answers] == [expected[v] for v in versions]
+    assert len({replica for _, replica in answers}) == 2
+
+
+@pytest.mark.slow
+def test_what_replicas_refuse_looks_as_at_the_server(served: Served) -> None:
+    how = {"metadata": (("authorization", f"Bearer {served.token}"),), "timeout": SECONDS}
+    both = served.plain.call, served.replicas
+    wrong = [
+        generate_message(version="models/atlas/versions/99"),
+        generate_message(version="models/other/versions/0"),
+        generate_message(version="atlas"),
+        generate_message(version=""),
+        generate_message(max_new_tokens=0),
+    ]
+    for request in wrong:
+        stream = inference_pb2.StreamGenerateRequest(request=request)
+        for method, sent in (("Generate", request), ("StreamGenerate", stream)):
+            expected, found = (refused(partial(getattr(each.inference, method), sent, **how)) for each in both)
+            for name in ("code", "message", "reason", "domain", "field"):
+                assert getattr(found, name) == getattr(expected, name)
+    anonymous = refused(lambda: served.replicas.inference.Generate(generate_message(), timeout=SECONDS))
+    assert (anonymous.code, anonymous.reason) == (grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED")
