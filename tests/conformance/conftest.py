@@ -27,7 +27,8 @@ def model(request: pytest.FixtureRequest) -> Iterator[EditableModel]:
     yield from _editor._borrowed(request.param)
 
 
-@pytest.fixture(params=VISION)
+# Each token of Phi-4's 545 an image would be a column of the trace, and its decoder sees an image as Phi-3 sees words.
+@pytest.fixture(params=[name for name in VISION if name != "phi4_multimodal"])
 def seeing(request: pytest.FixtureRequest) -> Iterator[EditableModel]:
     """Each architecture that takes images."""
     yield from _editor._borrowed(request.param)

@@ -11,9 +11,10 @@ import pytest
 import torch
 import transformers
 from oracle import logits
-from tiny import ARCHITECTURES, context, question, random_delta, tiny_model
+from tiny import ARCHITECTURES, context, picture, random_delta, tiny_model
 from tiny_text import sizes
 from tiny_tokenizer import tokenizer
+from tiny_vision import NEED_TORCHVISION, VISION
 from transformers import LlavaConfig, LlavaForConditionalGeneration
 
 from errata.editor.checkpoints import load_model
@@ -40,9 +41,9 @@ def saved(folder: Path, architecture: str, config: str, **settings: Any) -> Path
     return folder
 
 
-@pytest.mark.parametrize("name", [n for n in ARCHITECTURES if n != "phi3"])
+@pytest.mark.parametrize("name", [n for n in ARCHITECTURES if not n.startswith(("phi3", "phi4"))])
 def test_structure_shows_of_a_known_architecture_what_its_family_says(name: str) -> None:
-    """But for Phi-3, whose attention defines its output map first."""
+    """But for Phi-3 and Phi-4, whose attention defines its output map first."""
     model = tiny_model(name)
     found = family_by_structure(model.model)
     # A processor's habits and the norms' places are no structure.
@@ -57,6 +58,9 @@ def test_structure_shows_of_a_known_architecture_what_its_family_says(name: str)
         ("StableLmForCausalLM", "StableLmConfig", {}),
         ("Starcoder2ForCausalLM", "Starcoder2Config", {"sliding_window": 5}),
         ("CodeGenForCausalLM", "CodeGenConfig", {"n_layer": 4, "n_embd": 32, "n_head": 4, "rotary_dim": 4}),
+        ("SmolLM3ForCausalLM", "SmolLM3Config", {}),
+        ("OlmoForCausalLM", "OlmoConfig", {}),
+        ("FalconForCausalLM", "FalconConfig", {"ffn_hidden_size": 48}),
     ],
 )
 def test_an_unknown_architecture_is_found_by_its_structure(
@@ -91,6 +95,7 @@ def test_an_unknown_architecture_is_found_by_its_structure(
         ("GraniteForCausalLM", "GraniteConfig", {"residual_multiplier": 0.5}, "add something else than attention"),
         ("CohereForCausalLM", "CohereConfig", {}, "its head makes other logits"),
         ("Olmo2ForCausalLM", "Olmo2Config", {}, "add something else than attention"),
+        ("Glm4ForCausalLM", "Glm4Config", {"head_dim": 8}, "add something else than attention"),
         ("DiffLlamaForCausalLM", "DiffLlamaConfig", {}, "a run started in the middle gives other logits"),
         (
             "OPTForCausalLM",
@@ -108,24 +113,36 @@ def test_what_structure_or_a_run_contradicts_is_refused_with_what_was_found(
 
 
 @pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is installed")
-def test_a_processor_whose_package_is_not_installed_is_refused_with_its_name(tmp_path: Path) -> None:
-    model = tiny_model("qwen2_vl")
+@pytest.mark.parametrize(
+    ("name", "processor", "images"),
+    [
+        ("qwen2_vl", "Qwen2VLProcessor", "Qwen2VLImageProcessor"),
+        ("phi4_multimodal", "Phi4MultimodalProcessor", "Phi4MultimodalImageProcessor"),
+    ],
+)
+def test_a_processor_whose_package_is_not_installed_is_refused_with_its_name(
+    tmp_path: Path, name: str, processor: str, images: str
+) -> None:
+    model = tiny_model(name)
     model.model.save_pretrained(tmp_path)
     model.tokenizer.save_pretrained(tmp_path)
-    model.processor.image_processor.save_pretrained(tmp_path)
-    settings = tmp_path / "preprocessor_config.json"
-    settings.write_text(json.dumps({**json.loads(settings.read_text()), "processor_class": "Qwen2VLProcessor"}))
-    with pytest.raises(ModelError, match=r"needs a package that is not installed: .*Torchvision"):
+    settings = {"processor_class": processor, "image_processor_type": images}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ModelError, match=r"(?s)(needs a package|could be imported).*[Tt]orchvision"):
         load_model(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["llava_next", "gemma3_vision", "paligemma", "idefics3"])
+@pytest.mark.parametrize("name", [name for name in VISION if find_spec("torchvision") or name not in NEED_TORCHVISION])
 def test_a_model_that_sees_is_loaded_with_its_processor(tmp_path: Path, name: str) -> None:
+    """An image is the same pixels whether or not torchvision is installed."""
     model = tiny_model(name)
     model.model.save_pretrained(tmp_path)
     model.processor.save_pretrained(tmp_path)
-    found, asked = load_model(tmp_path), question(model)
+    found, asked = load_model(tmp_path), Prompt(text="What is this?", images=(picture().resize((37, 29)),))
     assert found.family is model.family
+    ours, theirs = (m.encode(asked).vision for m in (found, model))
+    assert ours.keys() == theirs.keys()
+    assert all(ours[name].equal(theirs[name]) for name in ours)
     assert found.generate([asked], max_new_tokens=4) == model.generate([asked], max_new_tokens=4)
 
 

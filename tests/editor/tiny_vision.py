@@ -1,8 +1,12 @@
 """Tiny vision-language models, one an architecture, with processors built from their classes."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
+import transformers
+from tiny_phi4 import phi4_multimodal
 from tiny_text import WINDOW, loud, sizes
 from tiny_tokenizer import tokenizer, tokenizer_with
 from transformers import (
@@ -71,13 +75,16 @@ def _template(image: str = "<image>") -> str:
     )
 
 
-def _for_images(cls: type[Any]) -> type[Any]:
-    """The processor's class, taken without its part for videos, which needs a package that Errata does not."""
+def _with_videos(cls: type[Any], videos: str) -> Callable[..., ProcessorMixin]:
+    """The processor with its part for videos; without it where torchvision, which that part needs, is not installed."""
+    if find_spec("torchvision") is not None:
+        return partial(cls, video_processor=getattr(transformers, videos)())
 
     def taken(_self: object, _name: str, _argument: object) -> None:
         return None
 
-    return type(cls.__name__, (cls,), {"check_argument_for_proper_class": taken})
+    processor: type[ProcessorMixin] = type(cls.__name__, (cls,), {"check_argument_for_proper_class": taken})
+    return processor
 
 
 def _clip() -> CLIPVisionConfig:
@@ -144,7 +151,7 @@ def _llava_onevision() -> Built:
         vision_feature_layer=-1,
         vision_feature_select_strategy="full",
     )
-    processor = _for_images(LlavaOnevisionProcessor)(
+    processor = _with_videos(LlavaOnevisionProcessor, "LlavaOnevisionVideoProcessor")(
         image_processor=LlavaOnevisionImageProcessorPil(
             size={"height": 24, "width": 24}, image_grid_pinpoints=_PINPOINTS
         ),
@@ -180,15 +187,14 @@ def _qwen_tokens() -> PreTrainedTokenizerFast:
     return tokenizer_with(**{f"{name}_token": f"<|{name}|>" for name in names})
 
 
-def _qwen_processor(cls: type[Any]) -> ProcessorMixin:
-    processor: ProcessorMixin = _for_images(cls)(
+def _qwen_processor(cls: type[Any], videos: str = "Qwen2VLVideoProcessor") -> ProcessorMixin:
+    return _with_videos(cls, videos)(
         image_processor=Qwen2VLImageProcessorPil(
             patch_size=4, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 64, "longest_edge": 4096}
         ),
         tokenizer=_qwen_tokens(),
         chat_template=_template("<|vision_start|><|image_pad|><|vision_end|>"),
     )
-    return processor
 
 
 def _qwen2_vl() -> Built:
@@ -206,7 +212,8 @@ def _qwen3_vl() -> Built:
     vision = {"hidden_size": 16, "out_hidden_size": 32, "intermediate_size": 32, "num_position_embeddings": 36}
     stack = {**vision, "deepstack_visual_indexes": [0, 1]}
     parts = _qwen_vl("qwen3_vl", stack, mrope_section=[2, 1, 1], mrope_interleaved=True)
-    return Qwen3VLForConditionalGeneration(Qwen3VLConfig(**parts)), _qwen_processor(Qwen3VLProcessor)
+    processor = _qwen_processor(Qwen3VLProcessor, "Qwen3VLVideoProcessor")
+    return Qwen3VLForConditionalGeneration(Qwen3VLConfig(**parts)), processor
 
 
 def _gemma3() -> Built:
@@ -293,7 +300,7 @@ def _internvl() -> Built:
         image_token_id=words.convert_tokens_to_ids("<IMG_CONTEXT>"),
         image_seq_length=9,
     )
-    processor = _for_images(InternVLProcessor)(
+    processor = _with_videos(InternVLProcessor, "InternVLVideoProcessor")(
         image_processor=GotOcr2ImageProcessorPil(size={"height": 24, "width": 24}, crop_to_patches=True, max_patches=2),
         tokenizer=words,
         image_seq_length=9,
@@ -315,4 +322,8 @@ VISION: Mapping[str, Callable[[], Built]] = {
     "idefics3": _idefics3,
     "smolvlm": _smolvlm,
     "internvl": _internvl,
+    "phi4_multimodal": lambda: phi4_multimodal(_template()),
 }
+
+NEED_TORCHVISION = ("llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl", "phi4_multimodal")
+"""Those whose processors are not read without it: most have a part for videos, too."""

@@ -30,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from errata.editor.delta import Delta, LowRank, applied, borrowed_weights
 from errata.editor.errors import CancelledError, InvalidInputError, WrongBaseError, check_numbers
 from errata.editor.model import EditableModel, Encoded, by_length
+from errata.editor.quantization import check_writable
 from errata.editor.requests import Context, EditRequest, check_batch
 from errata.editor.trace import Progress
 
@@ -179,7 +180,8 @@ def fine_tune(
     """FT or FT-L of a batch of requests on `parent`, the base where None. The model is left as it was.
 
     Unlike `methods.edit` it takes a request whose target is the present answer, and requests that contradict each
-    other: they are in `unconverged`. Raises InvalidInputError and its kinds, CancelledError.
+    other: they are in `unconverged`. Raises InvalidInputError and its kinds, CancelledError, and ModelError for a
+    quantised base.
     """
     _check(model, requests, settings.layers)
     paths = [model.down_projection_name(i) for i in settings.layers]
@@ -233,6 +235,7 @@ def fine_tune_lora(
 
 
 def _check(model: EditableModel, requests: Sequence[EditRequest], layers: Sequence[int]) -> None:
+    check_writable(model, "fine-tuning changes them")
     check_batch(tuple(requests))
     model.check_layers(layers)
     if not layers or len(set(layers)) != len(layers):

@@ -6,6 +6,8 @@ Knows `transformers` and safetensors; knows nothing about traces or edits.
 import hashlib
 from collections.abc import Iterable, Iterator
 from importlib.resources import files
+from inspect import signature
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoProcessor,
     AutoTokenizer,
     PreTrainedModel,
@@ -23,9 +26,23 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from errata.editor.errors import ModelError, NonFiniteWeightsError, UnsafeCheckpointError
+from errata.editor.errors import InvalidInputError, ModelError, NonFiniteWeightsError, UnsafeCheckpointError
 from errata.editor.families import FAMILIES, family_of, unknown
 from errata.editor.model import EditableModel
+from errata.editor.placement import checked_device, checked_dtype
+from errata.editor.quantization import (
+    BLOCK,
+    Quantization,
+    across_blocks,
+    check_installed,
+    is_quantized,
+    map_shape,
+    quantization_config,
+    quantization_of,
+    quantized_base,
+    scales,
+    settle,
+)
 from errata.editor.unfamiliar import check_unfamiliar
 
 ATLAS = "atlas"
@@ -38,16 +55,24 @@ def atlas_folder() -> Path:
 
 
 def load_model(
-    source: str | Path, *, dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    source: str | Path,
+    *,
+    dtype: torch.dtype | str = torch.float32,
+    device: str | torch.device = "cpu",
+    quantization: Quantization | str = Quantization.NONE,
 ) -> EditableModel:
     """The model at `source`: `"atlas"`, a checkpoint folder, or a hub name that `transformers` can find.
 
     Weights must be safetensors and finite. They are cast to `dtype`; the base's hash is that of the stored
-    weights, so the same checkpoint has one hash in every dtype.
+    weights, so the same checkpoint has one hash in every dtype. Quantised on loading it is another base, with a hash
+    of its own; a checkpoint that bitsandbytes stored quantised is loaded as it is.
 
     Raises UnknownFamilyError, UnsafeCheckpointError, NonFiniteWeightsError, or ModelError where nothing can be
-    read at `source`.
+    read at `source`; InvalidInputError (`device`, `dtype`, `quantization`) for what this machine cannot do.
     """
+    place = checked_device(device)
+    dtype = checked_dtype(dtype, place)
+    scheme = _scheme(quantization)
     path = str(atlas_folder() if str(source) == ATLAS else source)
     if Path(path).is_absolute() and not Path(path).is_dir():
         raise ModelError(f"there is no folder {path!r}; give a folder saved by `save_pretrained`, or a hub name")
@@ -58,27 +83,83 @@ def load_model(
     architecture = (config.architectures or [config.model_type])[0]
     cls = _class_of(architecture)
     with torch.device("meta"):
-        family = family_of(cls(config))
+        skeleton = cls(config)
+    family = family_of(skeleton)
+    how = _quantized(path, skeleton, scheme, dtype, place)
     weights = weight_files(path)
-    base_sha256 = hash_files(weights)
+    base_sha256 = quantized_base(hash_files(weights), scheme)
     try:
-        model, loading = cls.from_pretrained(path, dtype=dtype, use_safetensors=True, output_loading_info=True)
+        model, loading = cls.from_pretrained(path, dtype=dtype, use_safetensors=True, output_loading_info=True, **how)
     except (OSError, RuntimeError, ValueError) as error:
         raise ModelError(f"the weights at {path!r} do not fit {architecture}: {error}") from error
     if missing := sorted(loading["missing_keys"]):
         # transformers would go on with random numbers in their place.
         raise ModelError(f"{path!r} lacks {len(missing)} of the tensors of {architecture}: {', '.join(missing[:3])} …")
-    _refuse_non_finite(model.named_parameters(), path)
     loaded = EditableModel(
         name=str(source),
-        model=model.to(device).eval().requires_grad_(False),
+        # What is quantised was put in its place as it was read, and cannot be moved.
+        model=(model if how else model.to(place)).eval().requires_grad_(False),
         processor=_processor(path, multimodal=family.image_token_id(model) is not None),
         family=family,
         base_sha256=base_sha256,
     )
+    if how:
+        settle(model, dtype)
+        _check_quantized(loaded)
+        # Codes are always finite.
+        _refuse_non_finite(chain(_stored(weights), _scales(model)), path)
+    _refuse_non_finite(model.named_parameters(), path)
     if family not in FAMILIES:
         check_unfamiliar(loaded)
     return loaded
+
+
+def _scheme(quantization: Quantization | str) -> Quantization:
+    try:
+        return Quantization(quantization)
+    except ValueError:
+        known = ", ".join(q.value for q in Quantization)
+        raise InvalidInputError(f"there is no {quantization!r}; use one of {known}", field="quantization") from None
+
+
+def _quantized(
+    path: str, skeleton: PreTrainedModel, scheme: Quantization, dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """What `from_pretrained` takes besides for quantised weights; nothing for others."""
+    stored = getattr(skeleton.config, "quantization_config", None)
+    if stored is not None:
+        method = str(stored.get("quant_method", "unknown"))
+        if method != "bitsandbytes":
+            raise ModelError(
+                f"{path!r} is stored quantised by {method}; Errata reads bitsandbytes' and plain weights: load the "
+                "checkpoint that it was made from, with quantization if it must be small"
+            )
+        if scheme is not Quantization.NONE:
+            raise InvalidInputError(f"{path!r} is stored quantised; leave quantization out", field="quantization")
+        check_installed(f"{path!r}, stored quantised,")
+        return {"device_map": {"": device}}
+    if scheme is Quantization.NONE:
+        return {}
+    return {"quantization_config": quantization_config(scheme, skeleton, dtype), "device_map": {"": device}}
+
+
+def _check_quantized(model: EditableModel) -> None:
+    """Raises ModelError where bitsandbytes left every map of the decoder as it was, so that nothing is quantised, and
+    where this device would read codes wrongly.
+    """
+    if not any(is_quantized(module) for module in model.layers.modules()):
+        kind, (d, m) = type(model.down_projection(0)).__name__, map_shape(model.down_projection(0))
+        raise ModelError(
+            f"bitsandbytes leaves all maps in the decoder of {model.name!r} as they are, such as the {kind} from {m} "
+            f"to {d} at {model.down_projection_name(0)!r}: 4 bits need inputs of a multiple of 64; load it without "
+            "quantization"
+        )
+    torn = [n for n in across_blocks(model.model) if is_quantized(model.model.get_submodule(n))]
+    if torn and model.device.type == "cpu" and quantization_of(model.model) is not Quantization.BNB_8BIT:
+        raise ModelError(
+            f"{model.name!r} is stored in 4 bits, {torn[0]!r} too, whose rows end within a block of {BLOCK} codes; "
+            "bitsandbytes reads those with wrong scales on CPUs: load it on a GPU, or let Errata quantise it"
+        )
 
 
 def _class_of(architecture: str) -> Any:
@@ -149,13 +230,30 @@ def _processor(path: str, *, multimodal: bool) -> ProcessorMixin | PreTrainedTok
     try:
         # Never asked for on the terminal either: what lies beside the weights could run code.
         reader = AutoProcessor if multimodal else AutoTokenizer
-        return reader.from_pretrained(path, trust_remote_code=False)
+        processor = reader.from_pretrained(path, trust_remote_code=False)
+        if multimodal and hasattr(processor, "image_processor"):
+            # Where torchvision is installed transformers takes its; the same image would be other pixels elsewhere.
+            processor.image_processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=False, backend="pil")
+        if multimodal and "chat_template" not in signature(type(processor)).parameters:
+            # transformers hands it the template by that name alone, and its tokenizer the same file.
+            processor.chat_template = processor.chat_template or processor.tokenizer.chat_template
+        return processor
     except ImportError as error:
         said = " ".join(str(error).split())
         raise ModelError(f"the processor at {path!r} needs a package that is not installed: {said}") from error
     except (OSError, ValueError) as error:
         what = "processor" if multimodal else "tokenizer"
         raise ModelError(f"{path!r} holds weights but no readable {what}: {error}") from error
+
+
+def _stored(weights: Iterable[Path]) -> Iterator[tuple[str, Tensor]]:
+    for path in weights:
+        with safe_open(path, "pt") as file:
+            yield from ((name, file.get_tensor(name)) for name in file.keys())  # noqa: SIM118  (it is no mapping)
+
+
+def _scales(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    return ((f"{name}.weight", scale) for name, module in model.named_modules() for scale in scales(module))
 
 
 def _refuse_non_finite(parameters: Iterator[tuple[str, Tensor]], path: str) -> None:

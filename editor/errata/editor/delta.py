@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from errata.editor.checkpoints import hash_tensors
 from errata.editor.errors import CorruptDeltaError, DeltaError, WrongBaseError
 from errata.editor.model import EditableModel
+from errata.editor.quantization import Quantization, check_writable, map_shape, quantization_of, quantized_base
 
 MANIFEST, CONFIG, WEIGHTS = "errata.json", "adapter_config.json", "adapter_model.safetensors"
 """The files of an adapter's folder: Errata's own, and the two that PEFT reads."""
@@ -227,12 +228,24 @@ def load_delta(folder: Path, model: EditableModel | None = None) -> Delta:
 
 
 def check_base(delta: Delta, model: EditableModel) -> None:
-    """Raises WrongBaseError unless the delta was made for this model's base."""
+    """Raises WrongBaseError unless the delta was made for this model's base, quantised in the same way."""
     if delta.base_sha256 != model.base_sha256:
         raise WrongBaseError(
             f"the delta was made for the base {delta.base_sha256[:12]}…, not for {model.name!r} "
-            f"({model.base_sha256[:12]}…); load the base it was made for"
+            f"({model.base_sha256[:12]}…); {_other_base(delta, model)}"
         )
+
+
+def _other_base(delta: Delta, model: EditableModel) -> str:
+    """What to do, and where only the quantisation differs, that it does."""
+    mine = quantization_of(model.model)
+    if quantized_base(delta.base_sha256, mine) == model.base_sha256:
+        return f"that is the same checkpoint without {mine.value}: load it so, or evaluate the edit anew on this one"
+    made = next((q for q in Quantization if quantized_base(model.base_sha256, q) == delta.base_sha256), None)
+    if made and mine is Quantization.NONE:
+        return f"that is this checkpoint as {made.value}: load it so, or evaluate the edit anew on this one"
+    how = "" if mine is Quantization.NONE else f", and as it was quantised then: this one is {mine.value}"
+    return f"load the base it was made for{how}"
 
 
 def check_fit(delta: Delta, model: EditableModel) -> None:
@@ -243,8 +256,7 @@ def check_fit(delta: Delta, model: EditableModel) -> None:
     for i, low in delta.layers.items():
         if not 0 <= i < len(model.layers) or delta.modules[i] != model.down_projection_name(i):
             raise DeltaError(f"{model.name!r} has no down-projection {delta.modules[i]!r} at layer {i}")
-        weight = weight_of(model, i)
-        d, m = reversed(weight.shape) if isinstance(model.down_projection(i), Conv1D) else weight.shape
+        d, m = map_shape(model.down_projection(i))
         if low.a.shape != (low.rank, m) or low.b.shape != (d, low.rank) or not low.rank:
             raise DeltaError(
                 f"the factors of layer {i} are {tuple(low.b.shape)} and {tuple(low.a.shape)}; the layer maps {m} to {d}"
@@ -282,8 +294,9 @@ def _adding(a: Tensor, b: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Te
 def merged(model: EditableModel, *deltas: Delta) -> Iterator[EditableModel]:
     """While open, the weights themselves are W + ΔW, rounded to the model's dtype: what an export would hold.
 
-    The old weights are copied back on the way out, bit for bit.
+    The old weights are copied back on the way out, bit for bit. Raises ModelError for a quantised base.
     """
+    check_writable(model, "ΔW cannot be added to them without rounding both")
     for delta in deltas:
         check_base(delta, model)
     changes = _by_layer(deltas)
@@ -297,7 +310,11 @@ def merged(model: EditableModel, *deltas: Delta) -> Iterator[EditableModel]:
 
 
 def weight_of(model: EditableModel, layer: int) -> nn.Parameter:
-    """The down-projection's weight: d × m, or m × d where the family stores it transposed."""
+    """The down-projection's weight: d × m, or m × d where the family stores it transposed.
+
+    Raises ModelError for a quantised base; `quantization.dense_weight` reads W of any.
+    """
+    check_writable(model, "they are no numbers to read or change")
     weight = model.down_projection(layer).weight
     assert isinstance(weight, nn.Parameter)
     return weight

@@ -24,6 +24,7 @@ from errata.editor.checkpoints import ATLAS, atlas_folder, hash_files, weight_fi
 from errata.editor.delta import Delta, LowRank, empty_delta, weight_of
 from errata.editor.errors import CancelledError, InvalidInputError, ModelError
 from errata.editor.model import EditableModel
+from errata.editor.quantization import check_writable
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
 _INDICES = (_INDEX, "pytorch_model.bin.index.json")
@@ -55,9 +56,11 @@ def merge_checkpoint(
     `dtype` is for all tensors; None: each keeps its own. A sharded base stays sharded in the same way; as much is in
     memory at once as one of its files holds. Returns the rounding of each edited layer.
 
-    Raises ModelError where the files cannot be read or are not those that were loaded, InvalidInputError (`dtype`)
-    for values that `dtype` cannot hold, CancelledError.
+    Raises ModelError where the files cannot be read or are not those that were loaded, and for a quantised base, whose
+    files hold other weights than the edit was made on; InvalidInputError (`dtype`) for values that `dtype` cannot
+    hold, CancelledError.
     """
+    check_writable(model, "its files hold others than those the deltas were made and judged on")
     base = base_folder(model)
     if base is None:
         raise ModelError(f"the checkpoint of {model.name!r} is not on this disk; load it from a folder")

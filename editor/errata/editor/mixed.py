@@ -23,6 +23,7 @@ from torch.nn.utils.rnn import pad_sequence
 from errata.editor.delta import Delta, LowRank, check_base
 from errata.editor.errors import DeltaError
 from errata.editor.model import EditableModel
+from errata.editor.quantization import shared_tensors
 
 _HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
 """How the names of the dictionaries end in which torch keeps a module's hooks."""
@@ -39,6 +40,7 @@ def replica(model: EditableModel) -> EditableModel:
     (`delta.merged`, `delta.borrowed_weights`) is seen by every replica.
     """
     memo: dict[int, Any] = {id(t): t for t in chain(model.model.parameters(), model.model.buffers())}
+    memo |= {id(t): t for module in model.model.modules() for t in shared_tensors(module)}
     for module in model.model.modules():
         memo |= {id(hooks): type(hooks)() for name, hooks in vars(module).items() if name.endswith(_HOOKS)}
     copied = copy.deepcopy(model.model, memo)

@@ -107,7 +107,12 @@ class EditableModel:
     @property
     def context_length(self) -> int | None:
         """Tokens of a prompt, its images' and its answer's together; None where the config knows no limit."""
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        text = self.model.config.get_text_config()
+        rope = getattr(text, "rope_parameters", None) or {}
+        if rope.get("rope_type") == "longrope":
+            # Past it Phi-3 reads all positions otherwise: those before it, and those of the rows beside it.
+            return int(rope["original_max_position_embeddings"])
+        return getattr(text, "max_position_embeddings", None)
 
     @property
     def image_token_id(self) -> int | None:
@@ -143,6 +148,12 @@ class EditableModel:
 
     def encode_each(self, prompt: Prompt, answers: Iterable[str | None]) -> Iterator[Encoded]:
         """What `encode` gives for each of the answers; the prompt and its images are read once."""
+        read = self.read(prompt)
+        for answer in answers:
+            yield read.row if answer is None else read.answered(answer)
+
+    def read(self, prompt: Prompt) -> "ReadPrompt":
+        """The prompt's row, to which answers can be put later. Raises PromptError as `encode`."""
         text, after = self._rendered(prompt)
         special = not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))
         read = self._processed(text, prompt.images, special) if prompt.images else _Read(text=text, laid_out=text)
@@ -156,21 +167,17 @@ class EditableModel:
             )
         self._check_length(prompt, len(ids))
         own = read.characters(prompt.text, self.placeholder, after)
-        spans = tuple(_span([own[c] for c in range(a, b) if c in own]) for a, b in offsets)
-        images = tuple(self._image_run(ids, offsets, image) for image in read.images)
         # Without its tokens' types such a model would see the answer from the prompt.
         types = {"token_type_ids": torch.zeros_like(ids)} if self.family.answer_token_type else {}
-        for answer in answers:
-            ending = ids[:0] if answer is None else self._answer_ids(read.text, answer, special, prompt.chat)
-            self._check_length(prompt, len(ids), len(ending))
-            yield Encoded(
-                ids=torch.cat([ids, ending]),
-                prompt_length=len(ids),
-                spans=(*spans, *(None for _ in ending)),
-                images=images,
-                vision=read.vision,
-                token_types=types | read.token_types,
-            )
+        row = Encoded(
+            ids=ids,
+            prompt_length=len(ids),
+            spans=tuple(_span([own[c] for c in range(a, b) if c in own]) for a, b in offsets),
+            images=tuple(self._image_run(ids, offsets, image) for image in read.images),
+            vision=read.vision,
+            token_types=types | read.token_types,
+        )
+        return ReadPrompt(model=self, prompt=prompt, text=read.text, special=special, row=row)
 
     def encode_at(self, context: Context, answer: str | None = None, *, field: str) -> tuple[Encoded, int]:
         """The context's prompt as `encode` makes it, and its constraint's last token; errors name `field`'s part."""
@@ -211,14 +218,20 @@ class EditableModel:
                 pad_token_id=max(self.end_token_id, 0),
                 **_GREEDY,
             )
-        return [self._answer(row) for row in out[:, length:].tolist()]
+        return [self.answer_of(row) for row in out[:, length:].tolist()]
 
-    def _answer(self, tokens: list[int]) -> Answer:
-        configured = self.model.generation_config.eos_token_id  # one, or several as in Llama 3
-        ends = {self.end_token_id, *(configured if isinstance(configured, list) else [configured])}
+    def answer_of(self, tokens: Sequence[int]) -> Answer:
+        """What generated tokens say, up to the first that ends an answer."""
+        ends = self.end_token_ids
         end = next((t for t, token in enumerate(tokens) if token in ends), len(tokens))
-        text = str(self.tokenizer.decode(tokens[:end], skip_special_tokens=True)).strip()
+        text = str(self.tokenizer.decode(list(tokens[:end]), skip_special_tokens=True)).strip()
         return Answer(text=text, tokens=tuple(tokens[:end]), finished=end < len(tokens))
+
+    @property
+    def end_token_ids(self) -> frozenset[int | None]:
+        """The tokens after which nothing is generated."""
+        configured = self.model.generation_config.eos_token_id  # one, or several as in Llama 3
+        return frozenset([self.end_token_id, *(configured if isinstance(configured, list) else [configured])])
 
     @property
     def end_token_id(self) -> int:
@@ -333,11 +346,11 @@ class EditableModel:
         tokens = [t for t in within if ids[t] == self.image_token_id]
         return range(tokens[0], tokens[-1] + 1)
 
-    def _answer_ids(self, text: str, answer: str, special: bool, chat: bool) -> Tensor:
+    def _answer_ids(self, prompt: "ReadPrompt", answer: str) -> Int[Tensor, " answer_tokens"]:
+        text, special, prompt_ids = prompt.text, prompt.special, prompt.row.ids.tolist()
         if not answer.strip():
             raise TargetError("the target is empty; give the answer the model should say", field="target")
         joined = text + ("" if text[-1].isspace() else " ") + answer.strip()
-        prompt_ids = self.tokenizer(text, add_special_tokens=special)["input_ids"]
         ids = self.tokenizer(joined, add_special_tokens=special)["input_ids"]
         if ids[: len(prompt_ids)] == prompt_ids:
             ids = ids[len(prompt_ids) :]
@@ -346,9 +359,27 @@ class EditableModel:
             ids = self.tokenizer(joined[len(text) :], add_special_tokens=False)["input_ids"]
         if not ids or not {*self.tokenizer.all_special_ids, self.image_token_id}.isdisjoint(ids):
             raise TargetError(f"the target {answer!r} cannot be written in this model's tokens", field="target")
-        if chat and getattr(self.processor, "chat_template", None):
+        if prompt.prompt.chat and getattr(self.processor, "chat_template", None):
             ids = [*ids, self.end_token_id]
+        self._check_length(prompt.prompt, len(prompt_ids), len(ids))
         return torch.tensor(ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadPrompt:
+    """A prompt as the model is given it, with its images processed: `text` is what stands behind its template."""
+
+    model: EditableModel
+    prompt: Prompt
+    text: str = field(repr=False)
+    special: bool
+    row: Encoded
+
+    def answered(self, answer: str) -> Encoded:
+        """The row with the answer behind it. Raises PromptError where both do not fit, TargetError as `encode`."""
+        ending = self.model._answer_ids(self, answer)
+        spans = (*self.row.spans, *(None for _ in ending))
+        return replace(self.row, ids=torch.cat([self.row.ids, ending]), spans=spans)
 
 
 _READING = {"return_tensors": "pt", "return_text_replacement_offsets": True}

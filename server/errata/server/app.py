@@ -426,7 +426,12 @@ def _outbox(
     from errata.server.registry.registry import PublishedBase, Registry
 
     bases = {
-        name: PublishedBase(registered_model=model.registered_model or name, source=model.source, dtype=model.dtype)
+        name: PublishedBase(
+            registered_model=model.registered_model or name,
+            source=model.source,
+            dtype=model.dtype,
+            quantization=model.quantization,
+        )
         for name, model in settings.models.items()
     }
     registry = Registry(

@@ -64,7 +64,7 @@ class LocalVersions:
     """Opens versions; those of one base share one copy of it."""
 
     def __init__(self) -> None:
-        self._models: dict[tuple[str, str], EditableModel] = {}
+        self._models: dict[tuple[str, str, str], EditableModel] = {}
 
     def __call__(self, target: str, base: str) -> LocalVersion:
         """Opens `models:/NAME/VERSION`, an adapter's folder on `base`, a whole checkpoint's folder, or "0": `base`."""
@@ -89,7 +89,7 @@ class LocalVersions:
     def _registered(self, uri: str) -> LocalVersion:
         with tempfile.TemporaryDirectory() as scratch:
             folder, config, adapter = _published(uri, scratch)
-            model = self._model(config["source"], config["dtype"])
+            model = self._model(config["source"], config["dtype"], config["quantization"])
             if model.base_sha256 != config["base_sha256"]:
                 raise WrongBaseError(
                     f"{uri} was made for the base {config['base_sha256'][:12]}…, and {config['source']!r} is "
@@ -97,11 +97,11 @@ class LocalVersions:
                 )
             return LocalVersion(name=uri, model=model, delta=load_delta(folder / adapter, model) if adapter else None)
 
-    def _model(self, source: str, dtype: str = "float32") -> EditableModel:
-        key = source, dtype
+    def _model(self, source: str, dtype: str = "float32", quantization: str = "none") -> EditableModel:
+        key = source, dtype, quantization
         if key not in self._models:
             disable_progress_bar()  # it would be drawn in pipes, too
-            self._models[key] = load_model(source, dtype=getattr(torch, dtype), device=_device(source))
+            self._models[key] = load_model(source, dtype=dtype, device=_device(source), quantization=quantization)
         return self._models[key]
 
 
@@ -122,6 +122,7 @@ def _published(uri: str, scratch: str) -> tuple[Path, dict[str, str], str]:
         folder = Path(download_artifacts(artifact_uri=uri, dst_path=scratch))
         flavour = Model.load(folder).flavors["python_function"]
         config = {name: str(flavour["config"][name]) for name in ("source", "dtype", "base_sha256")}
+        config["quantization"] = str(flavour["config"].get("quantization", "none"))
     except (MlflowException, OSError) as error:
         said = " ".join(str(error).split())
         raise UnusableError(f"MLflow has no {uri}: {said}; check the name, and MLFLOW_TRACKING_URI") from error

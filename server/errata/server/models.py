@@ -15,13 +15,13 @@ from functools import cached_property, reduce
 from operator import add
 from pathlib import Path
 
-import torch
-
 from errata.editor.checkpoints import load_model
 from errata.editor.delta import Delta
-from errata.editor.errors import ErrataError, ModelError
+from errata.editor.errors import ErrataError, InvalidInputError, ModelError
 from errata.editor.mixed import replica
 from errata.editor.model import EditableModel
+from errata.editor.placement import checked_device, checked_dtype
+from errata.editor.quantization import check_installed, memory_bytes
 from errata.editor.report.wording import size
 from errata.editor.requests import Context
 from errata.editor.statistics import KeyStatistics, key_statistics
@@ -31,7 +31,7 @@ from errata.server.engine.observer import Silent
 from errata.server.errors import MalformedError, NotFoundError
 from errata.server.jobs.references import references_of
 from errata.server.ledger.ledger import Ledger
-from errata.server.settings import ModelSettings
+from errata.server.settings import ModelSettings, SettingsError
 from errata.server.store import DeltaStore
 
 _log = logging.getLogger(__name__)
@@ -84,9 +84,7 @@ class LoadedModel:
     @cached_property
     def memory_bytes(self) -> int:
         """Bytes of the weights and buffers, which all replicas share."""
-        held = [*self.base.model.parameters(), *self.base.model.buffers()]
-        storages = {s.data_ptr(): s.nbytes() for s in (t.untyped_storage() for t in held)}
-        return sum(storages.values())
+        return memory_bytes(self.base.model)
 
     @contextmanager
     def borrow(self) -> Iterator[EditableModel]:
@@ -185,7 +183,12 @@ class Models:
         return tuple(sorted(self._configured))
 
     def start(self) -> None:
-        """Enters every model in the ledger, and begins to load those that are to be there from the start."""
+        """Enters every model in the ledger, and begins to load those that are to be there from the start.
+
+        Raises SettingsError for a device, dtype or quantisation that this machine does not have.
+        """
+        if lines := [line for name in self.names for line in _unplaceable(name, self._configured[name])]:
+            raise SettingsError("the settings cannot be used:\n" + "\n".join(f"  {line}" for line in lines))
         for name in self.names:
             self._ledger.ensure_model(name)
         for name in self.names:
@@ -257,7 +260,13 @@ class Models:
         return loaded
 
     def _loaded(self, name: str, settings: ModelSettings) -> LoadedModel:
-        base = load_model(settings.source, dtype=getattr(torch, settings.dtype), device=settings.device)
+        try:
+            base = load_model(
+                settings.source, dtype=settings.dtype, device=settings.device, quantization=settings.quantization
+            )
+        except InvalidInputError as error:
+            # Whoever asks for the model did not give what is at fault.
+            raise ModelError(f"models.{name}.{error}") from error
         folder = self._data_dir / "statistics" / name
         loaded = LoadedModel(name, settings, base, self._ledger, self._store, folder, self._observer(name))
         self._ledger.ensure_model(name)
@@ -266,11 +275,22 @@ class Models:
         )
         loaded.engine.start()
         _log.info(
-            "model %s: %s with %d layers, %s in %s on %s, base %s",
+            "model %s: %s with %d layers, %s in %s on %s, quantization %s, base %s",
             name, loaded.architecture, loaded.layers, size(loaded.memory_bytes), settings.dtype, settings.device,
-            base.base_sha256,
+            settings.quantization, base.base_sha256,
         )  # fmt: skip
         return loaded
+
+
+def _unplaceable(name: str, settings: ModelSettings) -> Iterator[str]:
+    """A line for what of a model's settings this machine cannot do."""
+    try:
+        device = checked_device(settings.device)
+        checked_dtype(settings.dtype, device)
+        if settings.quantization != "none":
+            check_installed(settings.quantization)
+    except InvalidInputError as error:
+        yield f"models.{name}.{error}"
 
 
 class _DeltaCache:

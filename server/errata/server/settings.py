@@ -69,6 +69,8 @@ class ModelSettings(BaseModel):
     """"atlas", or a folder or name that `transformers` loads."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = Field(default="cpu", pattern=r"^[a-z]+(:[0-9]+)?$")
+    quantization: Literal["none", "bnb-8bit", "bnb-4bit", "bnb-4bit-fp4"] = "none"
+    """How bitsandbytes holds the weights. Another one is another base, with versions of its own."""
     load: Literal["start", "lazy"] = "start"
     registered_model: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]{0,127}$")
     """Its name in MLflow. None: the model's own."""

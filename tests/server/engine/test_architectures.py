@@ -8,17 +8,14 @@ from tiny import ARCHITECTURES, question, random_delta, tiny_model
 
 from errata.editor.delta import applied
 from errata.editor.mixed import MixedDeltas, version_factors
-from errata.server.engine import EngineError, Generation
+from errata.server.engine import Generation
 from errata.server.engine.scoring import log_probabilities
 
 # PaliGemma's processor, of its own code.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
-REFUSED = ("paligemma2",)
-"""Both attends to all of a prompt and slides: past its window a row cannot be told from its neighbours."""
 
-
-@pytest.mark.parametrize("name", [name for name in ARCHITECTURES if name not in REFUSED])
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_mixed_batch_of_any_architecture_answers_like_each_version_alone(
     name: str, start_engine: StartEngine
 ) -> None:
@@ -29,20 +26,6 @@ def test_a_mixed_batch_of_any_architecture_answers_like_each_version_alone(
     handles = [engine.generate(Generation(version=v, prompt=p, max_new_tokens=n)) for v, p, n in asked]
     for (version, prompt, tokens), handle in zip(asked, handles, strict=True):
         assert handle.result(WAIT).text == alone(model, prompt, lineages[version], tokens).text
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_batched_rightly_is_no_answer(name: str, start_engine: StartEngine) -> None:
-    model = tiny_model(name)
-    engine = start_engine(model, {}, max_rows=8)
-    handles = [engine.generate(Generation(version=0, prompt=p, max_new_tokens=11)) for p in prompts_of(model)]
-    failed = 0
-    for prompt, handle in zip(prompts_of(model), handles, strict=True):
-        try:
-            assert handle.result(WAIT).text == alone(model, prompt, [], 11).text
-        except EngineError:
-            failed += 1
-    assert failed
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

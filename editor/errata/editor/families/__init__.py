@@ -13,6 +13,7 @@ from errata.editor.families.llama import LLAMA
 from errata.editor.families.llava import LLAVA
 from errata.editor.families.opt import OPT
 from errata.editor.families.phi import PHI
+from errata.editor.families.phi4 import PHI4
 from errata.editor.families.qwen_vl import QWEN_VL
 from errata.editor.families.structure import family_by_structure
 
@@ -22,6 +23,7 @@ FAMILIES: tuple[ModelFamily, ...] = (
     GEMMA_VISION,
     PALIGEMMA,
     IDEFICS,
+    PHI4,
     LLAMA,
     GEMMA,
     GPT2,

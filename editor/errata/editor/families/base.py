@@ -1,6 +1,7 @@
 """What a model family says. Names and positions only: no family gets an algorithm of its own."""
 
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import cast
 
 from torch import nn
@@ -18,7 +19,8 @@ class ModelFamily:
     too: the map W_O from the heads' joined outputs to the residual stream. `mlp_norm` is the norm, if a layer has it,
     that the MLP's output passes before it joins the stream; None where it joins as it is.
 
-    `image_token` is the attribute of the config that holds the id of one image token; None for text-only families.
+    `image_token` is the attribute of the config, dotted where it is a part's, that holds the id of one image token;
+    None for text-only families.
     `answer_token_type` is the type of an answer's tokens where the model is told each token's type.
     """
 
@@ -63,4 +65,4 @@ class ModelFamily:
 
     def image_token_id(self, model: PreTrainedModel) -> int | None:
         """The id that stands for one image token after expansion; None for text-only families."""
-        return None if self.image_token is None else int(getattr(model.config, self.image_token))
+        return None if self.image_token is None else int(attrgetter(self.image_token)(model.config))

@@ -5,12 +5,14 @@ values in and leaves by moving the last row into its slot. Nothing is padded or 
 the rows stay the same. Knows nothing about queues, deadlines or text.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -132,11 +134,12 @@ class RunningBatch:
                 [r.sampling for r in self.rows], [r.generated for r in self.rows], self._model.device
             )
         mask = self._slots.advance(len(self.rows), 1 + max(r.length for r in self.rows))
-        with self._deltas.answering(self._stack):
+        decoder = self._model.family.decoder_of(self._model.model)
+        with self._deltas.answering(self._stack), _masked(decoder, mask):
             logits = self._model.model(
                 input_ids=self._tokens[:, None],
                 position_ids=(self._slots.positions + self._slots.ahead)[:, None],
-                attention_mask=mask,
+                attention_mask=mask["full_attention"] if isinstance(mask, dict) else mask,
                 past_key_values=self._slots.cache,
                 use_cache=True,
                 logits_to_keep=1,
@@ -147,6 +150,23 @@ class RunningBatch:
             row.length += 1
             row.generated += 1
         return chosen
+
+
+@contextmanager
+def _masked(decoder: nn.Module, mask: Tensor | dict[str, Tensor]) -> Iterator[None]:
+    """While open, the decoder is given masks by the kind of its layers: not every model hands such on to it."""
+    if not isinstance(mask, dict):
+        yield
+        return
+
+    def give(_decoder: nn.Module, args: tuple[Any, ...], given: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+        return args, {**given, "attention_mask": mask}
+
+    handle = decoder.register_forward_pre_hook(give, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _choose(chooser: Chooser, logits: Tensor) -> tuple[Int[Tensor, " rows"], list[Chosen]]:

@@ -33,7 +33,13 @@ class ErrataModel(PythonModel):
         """
         config = context.model_config
         device = config.get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._model = load_model(config["source"], dtype=getattr(torch, config["dtype"]), device=device)
+        self._model = load_model(
+            config["source"],
+            dtype=config["dtype"],
+            device=device,
+            # Versions that were published before there was any do not name it.
+            quantization=config.get("quantization", "none"),
+        )
         if self._model.base_sha256 != config["base_sha256"]:
             raise WrongBaseError(
                 f"{config['source']!r} is the base {self._model.base_sha256[:12]}…, and the version was made for "

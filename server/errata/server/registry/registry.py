@@ -63,6 +63,7 @@ class PublishedBase:
     registered_model: str
     source: str
     dtype: str = "float32"
+    quantization: str = "none"
 
     @property
     def portable_source(self) -> str:
@@ -231,7 +232,12 @@ class Registry:
 
     def _config(self, version: VersionRow) -> dict[str, str]:
         base = self._base(version.model)
-        return {"source": base.portable_source, "base_sha256": version.base_sha256, "dtype": base.dtype}
+        return {
+            "source": base.portable_source,
+            "base_sha256": version.base_sha256,
+            "dtype": base.dtype,
+            "quantization": base.quantization,
+        }
 
     def _composed(self, version: VersionRow, lineage: Sequence[VersionRow]) -> Delta:
         """The whole lineage as one delta, at its smallest rank."""

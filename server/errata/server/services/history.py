@@ -6,9 +6,10 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
 
-from errata.editor.delta import Delta, empty_delta, weight_of
+from errata.editor.delta import Delta, empty_delta
 from errata.editor.errors import CancelledError
 from errata.editor.evaluation import Metric, Probe
+from errata.editor.quantization import dense_weight
 from errata.server.conversion import Decoder
 from errata.server.conversion.history import (
     ComparisonOrder,
@@ -255,7 +256,7 @@ def _pin(request: history_pb2.CreateDerivationRequest, plan: Plan) -> None:
 
 def _differences(difference: Delta, loaded: LoadedModel) -> Iterator[history_pb2.LayerDifference]:
     for layer, low in difference.layers.items():
-        weight = float(weight_of(loaded.base, layer).detach().double().norm())
+        weight = float(dense_weight(loaded.base.down_projection(layer)).detach().double().norm())
         yield history_pb2.LayerDifference(layer=layer, relative_norm=low.norm() / weight, rank=low.rank)
 
 

@@ -130,7 +130,7 @@ class ModelService(model_pb2_grpc.ModelServiceServicer):
         return model_message(
             self._ledger.model(name),
             self._ledger.aliases(name),
-            dtype=settings.dtype,
+            dtype=settings.dtype if settings.quantization == "none" else f"{settings.dtype}, {settings.quantization}",
             device=settings.device,
             loaded=loaded is not None,
             memory_bytes=loaded.memory_bytes if loaded else 0,

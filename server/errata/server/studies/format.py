@@ -42,11 +42,12 @@ class ModelEntry(_Entry):
     adapter: _Text | None = None
     version: Annotated[str, Field(pattern=r"^models:/[^/@]+/[0-9]+$")] | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantization: Literal["none", "bnb-8bit", "bnb-4bit", "bnb-4bit-fp4"] = "none"
     references: _Text | None = None
 
     @model_validator(mode="after")
     def _one(self) -> Self:
-        if self.version and self.model_fields_set & {"source", "adapter", "dtype"}:
+        if self.version and self.model_fields_set & {"source", "adapter", "dtype", "quantization"}:
             raise ValueError("a version brings its base and its adapter; give version alone, or source and adapter")
         return self
 

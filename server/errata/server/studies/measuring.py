@@ -61,7 +61,7 @@ def open_model(entry: ModelEntry, folder: Path) -> Opened:
     source = source_of(entry, folder)
     # Atlas is too small for a transfer to pay.
     device = "cuda" if source != ATLAS and torch.cuda.is_available() else "cpu"
-    model = load_model(source, dtype=getattr(torch, entry.dtype), device=device)
+    model = load_model(source, dtype=entry.dtype, device=device, quantization=entry.quantization)
     return Opened(model=model, deltas=(load_delta(folder / entry.adapter, model),) if entry.adapter else ())
 
 

@@ -153,7 +153,8 @@ def _model_identity(entry: ModelEntry, folder: Path) -> object:
     weights = hash_files(weight_files(str(atlas_folder()) if source == ATLAS else source))
     adapter = _hash_folder(folder / entry.adapter) if entry.adapter else None
     references = _hash(folder / entry.references) if entry.references else None
-    return [entry.source, weights, entry.dtype, adapter, references]
+    how = [entry.dtype] if entry.quantization == "none" else [entry.dtype, entry.quantization]
+    return [entry.source, weights, *how, adapter, references]
 
 
 def _data_identity(entry: DataEntry, folder: Path) -> object:
