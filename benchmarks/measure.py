@@ -1,10 +1,10 @@
 """A comparison: several ways to the same numbers, checked to be equal, then timed side by side.
 
 The first way of a case is Errata's. Each way runs once in a forked process of its own, whose peak of resident memory
-above the loaded model is its memory, and whose numbers are compared; only then are all ways timed, in rounds, each
-round beginning with another. A way too slow to run wholly does a known share of the work, and its seconds are divided
-by that share; equality is then asserted on what it did. Times are CPU seconds of one thread, so that a busy machine's
-other work does not count.
+above the loaded model is its memory, and whose numbers are compared; that is the first round. Only then are all ways
+timed again, in further rounds, each beginning with another. A way too slow to run wholly does a known share of the
+work, and its seconds are divided by that share; equality is then asserted on what it did. Times are CPU seconds of one
+thread, so that a busy machine's other work does not count.
 """
 
 import ctypes
@@ -45,8 +45,9 @@ class Way:
 class Case:
     """Ways to the same numbers, Errata's first.
 
-    `tolerance` is relative to the largest number, `rounds` the most to time, `figures` what else is told. Of cases that
-    show how a cost grows, `axis` is by what and `size` where on it.
+    `tolerance` is relative to the largest number, `rounds` the most to time. `figures` are what else is told, and
+    `figures_of` what is told of Errata's numbers. Of cases that show how a cost grows, `axis` is by what and `size`
+    where on it.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Case:
     axis: str = ""
     size: int = 0
     figures: Mapping[str, float] = field(default_factory=dict)
+    figures_of: Callable[[Numbers], Mapping[str, float]] = field(default=lambda ours: {})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,23 +93,23 @@ def measured(case: Case, rounds: int) -> Result:
     """Compares the ways' numbers, then times them. Raises AssertionError where numbers differ."""
     outcomes = [_alone(way.run) for way in case.ways]
     ours = outcomes[0][0]
-    errors = [_difference(way.of_ours(ours), found) for way, (found, _) in zip(case.ways, outcomes, strict=True)]
+    errors = [_difference(way.of_ours(ours), found) for way, (found, *_) in zip(case.ways, outcomes, strict=True)]
     for way, error in zip(case.ways, errors, strict=True):
         assert error <= case.tolerance, f"{case.name}: {way.name} finds other numbers, by {error:.1e} of the largest"
-    seconds: list[list[float]] = [[] for _ in case.ways]
-    for n in range(rounds):
+    seconds = [[first / way.share] for way, (*_, first) in zip(case.ways, outcomes, strict=True)]
+    for n in range(1, rounds):
         order = list(range(len(case.ways)))
         for i in order[n % len(order) :] + order[: n % len(order)]:
             seconds[i].append(_seconds(case.ways[i].run) / case.ways[i].share)
     return Result(
         name=case.name,
         about=case.about,
-        figures=dict(case.figures),
+        figures={**case.figures, **case.figures_of(ours)},
         axis=case.axis,
         size=case.size,
         ways=[
             Timed(name=w.name, seconds=s, peak_bytes=peak, share=w.share, goal=w.goal, error=e)
-            for w, s, e, (_, peak) in zip(case.ways, seconds, errors, outcomes, strict=True)
+            for w, s, e, (_, peak, _) in zip(case.ways, seconds, errors, outcomes, strict=True)
         ],
     )
 
@@ -124,18 +126,17 @@ def _seconds(run: Callable[[], object]) -> float:
     return time.process_time() - began
 
 
-def _alone(run: Callable[[], Numbers]) -> tuple[Numbers, int]:
-    """What a run finds in a process of its own, and by how many bytes its memory grows at the peak."""
+def _alone(run: Callable[[], Numbers]) -> tuple[Numbers, int, float]:
+    """What a run finds in a process of its own, by how many bytes its memory grows at the peak, and its seconds."""
     # What its parent has freed and kept would hide what a run takes.
     ctypes.CDLL(None).malloc_trim(0)
 
-    def work() -> tuple[Numbers, int]:
-        before = _peak_bytes()  # of a fork: what it has of its parent
+    def work() -> tuple[Numbers, int, float]:
+        before, began = _peak_bytes(), time.process_time()  # of a fork: what it has of its parent
         found = run()
-        return found, _peak_bytes() - before
+        return found, _peak_bytes() - before, time.process_time() - began
 
-    numbers, peak = forked(work)
-    return numbers, peak
+    return forked(work)
 
 
 def _peak_bytes() -> int:

@@ -112,7 +112,7 @@ def through_peft(
             eos_token_id=model.end_token_id,
             pad_token_id=model.end_token_id,
         )[:, inputs["input_ids"].shape[1] :]
-    answers = [model._answer(row) for row in out.tolist()]
+    answers = [model.answer_of(row) for row in out.tolist()]
     total = sum(len(a.tokens) + a.finished for a in answers)
     return total / (time.perf_counter() - began), [a.text for a in answers]
 

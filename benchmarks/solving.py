@@ -1,6 +1,8 @@
 """The closed form at LLaVA-1.5-7B's sizes, m = 11,008 and d = 4,096, in float64: MEMIT's metric, one C₀.
 
-Against the formula as MEMIT's code solves it: one linear system of m unknowns, ΔW = R Kᵀ (w·C₀ + KKᵀ)⁻¹.
+Against the formula as MEMIT's code solves it: one linear system of m unknowns, ΔW = R Kᵀ (w·C₀ + KKᵀ)⁻¹. The residual
+that is told is that of these normal equations, ‖ΔW (w·C₀ + KKᵀ) P − R KᵀP‖ / ‖R KᵀP‖ for random P; ΔW is solved in
+float64 and stored in float32.
 """
 
 from collections.abc import Iterator
@@ -11,7 +13,10 @@ import torch
 from measure import Case, Numbers, Way
 from torch import Tensor
 
-from errata.editor.methods import EditSettings, Keys, Method, solve_layer
+from errata.editor.solver import InverseCovariance, solve_edit
+
+WEIGHT = 150.0
+"""Of C₀ against a request, as `EditSettings.preservation`."""
 
 PROBES = 16
 """Random keys at which ΔW is compared: it is itself too large to be handed around."""
@@ -33,24 +38,34 @@ def case(covariance: Tensor, d: int, n: int, random: torch.Generator) -> Case:
     keys = torch.randn(m, n, generator=random, dtype=torch.float64)
     residuals = torch.randn(d, n, generator=random, dtype=torch.float64)
     probes = torch.randn(m, PROBES, generator=random, dtype=torch.float64)
-    settings = EditSettings(layers=(0,), method=Method.MEMIT, keys=Keys.EACH)
-    ours = partial(_ours, covariance, keys, residuals, probes, settings)
-    weighted = settings.preservation * (covariance + 1e-4 * covariance.diagonal().mean() * torch.eye(m))
+    metric = InverseCovariance(covariance, weight=WEIGHT)
+    weighted = metric.inverse()
+    seen = residuals @ (keys.T @ probes)
+    both = torch.cat([probes, weighted @ probes + keys @ (keys.T @ probes)], 1)
+
+    def residual(ours: Numbers) -> dict[str, float]:
+        left = torch.from_numpy(ours[:, PROBES:]) - seen
+        return {"residual of the normal equations": float(left.norm() / seen.norm())}
+
     return Case(
         name=f"solve, {n:,} key{'s' * (n > 1)}",
         about=f"MEMIT, m = {m:,}, d = {d:,}, float64; C₀ alone is {covariance.nbytes / 1e9:.2f} GB",
         ways=[
-            Way(name="Errata", run=ours),
-            Way(name="one m × m system", run=partial(_one_system, weighted, keys, residuals, probes)),
+            Way(name="Errata", run=partial(_ours, metric, keys, residuals, both)),
+            Way(
+                name="one m × m system",
+                run=partial(_one_system, weighted, keys, residuals, probes),
+                of_ours=lambda ours: ours[:, :PROBES],
+            ),
         ],
         rounds=3 if n <= 1000 else 1,
+        figures_of=residual,
     )
 
 
-def _ours(covariance: Tensor, keys: Tensor, residuals: Tensor, probes: Tensor, settings: EditSettings) -> Numbers:
-    columns = [[x[:, i : i + 1] for i in range(x.shape[1])] for x in (keys, residuals)]
-    low = solve_layer(columns[0], columns[1], settings, covariance)
-    return (low.b.double() @ (low.a.double() @ probes)).numpy()
+def _ours(metric: InverseCovariance, keys: Tensor, residuals: Tensor, probes: Tensor) -> Numbers:
+    low = solve_edit(keys, residuals, metric, 1.0)
+    return np.asarray(low.b.double() @ (low.a.double() @ probes))
 
 
 def _one_system(weighted: Tensor, keys: Tensor, residuals: Tensor, probes: Tensor) -> Numbers:

@@ -23,15 +23,15 @@ from errata.editor.values import ValueSettings, optimise_values
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    """LLaVA's shape, then text; 25 steps, as ROME's own settings have, and Errata's own most for one batch."""
+    """LLaVA's shape, then text; 25 steps, as ROME's own settings have, and Errata's own most."""
     if quick:
         yield case("LLaVA", shapes.llava(64, 4, 36), requests=2, steps=2, sampled=2, goal=20)
         yield case("text", shapes.llama(64, 4), requests=2, steps=2, sampled=2, goal=5)
         return
-    for requests, steps in ((1, 25), (16, 25), (16, ValueSettings().steps), (128, 25)):
+    for requests, steps in ((1, 25), (1, ValueSettings().steps), (16, 25), (16, ValueSettings().steps), (128, 25)):
         yield case("LLaVA", shapes.llava(384, 8), requests, steps, sampled=2, goal=20)
-    for requests in (1, 16, 128):
-        yield case("text", shapes.llama(512, 12), requests, steps=25, sampled=25, goal=5)
+    for requests, steps in ((1, 25), (1, ValueSettings().steps), (16, 25), (128, 25)):
+        yield case("text", shapes.llama(512, 12), requests, steps, sampled=25, goal=5)
 
 
 def case(kind: str, model: EditableModel, requests: int, steps: int, sampled: int, goal: float) -> Case:
@@ -57,7 +57,7 @@ def case(kind: str, model: EditableModel, requests: int, steps: int, sampled: in
             ),
         ],
         tolerance=1e-3,
-        rounds=5 if requests * steps < 1000 else 1,
+        rounds=5 if requests * steps < 400 else 3 if requests * steps <= 400 else 1,
     )
 
 

@@ -53,12 +53,31 @@ def test_ways_that_find_other_numbers_are_not_timed(measure: ModuleType) -> None
     assert not timed  # the numbers were found in processes of their own
 
 
+def test_what_is_told_of_the_numbers_is_told_of_erratas(measure: ModuleType) -> None:
+    ways = [measure.Way(name=name, run=lambda: np.array([3.0, 4.0])) for name in ("ours", "plain")]
+    case = measure.Case(name="sum", about="", ways=ways, figures={"a": 1.0}, figures_of=lambda n: {"sum": n.sum()})
+    assert measure.measured(case, rounds=1).figures == {"a": 1.0, "sum": 7.0}
+
+
+def test_the_tables_of_speed_are_the_figures_that_were_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    claims = importlib.import_module("claims")
+    figures = json.loads((FOLDER / "results" / "bench.json").read_text(encoding="utf-8"))
+    table = claims.table(figures["groups"])
+    assert len(table) > 20
+    assert "\n".join(table) in (FOLDER / "README.md").read_text(encoding="utf-8")
+    readme = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    _, marked, rest = readme.partition("<!-- speed -->\n")
+    if marked:
+        assert set(rest.partition("<!-- /speed -->")[0].strip().split("\n")) <= set(table)
+
+
 def test_a_way_that_does_a_share_is_compared_on_it_and_timed_for_the_whole(measure: ModuleType) -> None:
     ours = measure.Way(name="ours", run=lambda: np.arange(4.0))
     plain = measure.Way(name="plain", run=_half, share=0.5, of_ours=lambda found: found[:2])
     result = measure.measured(measure.Case(name="count", about="", ways=[ours, plain]), rounds=3)
     whole, share = result.ways[1].seconds, 0.5
-    assert len(whole) == 3
+    assert len(whole) == 3  # the run whose numbers are compared is one of them
     assert result.ratios(result.ways[1]) == [
         theirs / mine for theirs, mine in zip(whole, result.ways[0].seconds, strict=True)
     ]

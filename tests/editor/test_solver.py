@@ -8,7 +8,15 @@ from torch import Tensor
 
 from errata.editor.delta import LowRank
 from errata.editor.errors import IllConditionedError
-from errata.editor.solver import Identity, InverseCovariance, KeyMetric, NullSpace, solve_edit
+from errata.editor.solver import (
+    Identity,
+    InverseCovariance,
+    KeyMetric,
+    NullSpace,
+    eigenvectors,
+    free_directions,
+    solve_edit,
+)
 
 SHAPES = st.tuples(st.integers(1, 24), st.integers(1, 20), st.integers(1, 6), st.integers(0, 10_000)).filter(
     lambda shape: shape[2] <= shape[1]
@@ -32,11 +40,16 @@ def close(found: LowRank, expected: Tensor) -> None:
     torch.testing.assert_close(found.dense(), expected, rtol=0, atol=5e-7 * float(expected.norm()) + 1e-12)
 
 
+def null_space(covariance: Tensor, energy: float, earlier: Tensor | None = None, ridge: float = 0.0) -> NullSpace:
+    """AlphaEdit's metric, from C₀."""
+    return NullSpace(free_directions(*eigenvectors(covariance), energy=energy), earlier=earlier, ridge=ridge)
+
+
 METRICS = {
     "identity": lambda c: Identity(),
     "inverse covariance": lambda c: InverseCovariance(c),
     "weighted": lambda c: InverseCovariance(c, weight=7.5),
-    "null space": lambda c: NullSpace(c, energy=0.5),
+    "null space": lambda c: null_space(c, energy=0.5),
 }
 
 
@@ -53,8 +66,35 @@ def test_every_member_of_the_family_is_the_one_equation(
     n = k.shape[1]
     found = solve_edit(k, r, metric, ridge)
     close(found, r @ torch.linalg.inv(k.T @ m @ k + ridge * torch.eye(n, dtype=torch.float64)) @ k.T @ m)
-    assert found.rank == n
+    assert found.rank == min(n, len(r))
     assert found.a.dtype == found.b.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("d", "m", "n"), [(1, 6, 6), (2, 20, 14), (3, 9, 40), (2, 8, 8)])
+@pytest.mark.parametrize("earlier", [0, 3])
+def test_more_keys_than_the_width_are_solved_in_the_inner_width_and_to_the_same_change(
+    d: int, m: int, n: int, earlier: int
+) -> None:
+    """RKᵀ(KKᵀ + λG)⁻¹ = R (KᵀMK + λI)⁻¹ KᵀM for M = G⁻¹, also of more keys than m."""
+    random = torch.Generator().manual_seed(n)
+    k, r = (torch.randn(rows, n, generator=random, dtype=torch.float64) for rows in (m, d))
+    c = problem((d, m, 1, n))[2]
+    held = torch.randn(m, earlier, generator=random, dtype=torch.float64) if earlier else None
+    metric = InverseCovariance(c, weight=7.5, earlier=held)
+    found = solve_edit(k, r, metric, 0.5)
+    weighted = metric.times(k)
+    close(found, r @ torch.linalg.inv(k.T @ weighted + 0.5 * torch.eye(n, dtype=torch.float64)) @ weighted.T)
+    assert found.rank == d
+
+
+@pytest.mark.parametrize("ridge", [0.5, 1e-3])
+def test_residuals_and_statistics_that_are_no_good_are_refused_of_many_keys_too(ridge: float) -> None:
+    random = torch.Generator().manual_seed(0)
+    k, r = (torch.randn(rows, 30, generator=random, dtype=torch.float64) for rows in (8, 2))
+    with pytest.raises(IllConditionedError, match="NaN or infinity"):
+        solve_edit(k, r * torch.inf, InverseCovariance(torch.eye(8)), ridge)
+    with pytest.raises(IllConditionedError, match="not positive definite"):
+        solve_edit(k, r, InverseCovariance(-1e6 * torch.eye(8)), ridge)
 
 
 @given(shape=SHAPES)
@@ -119,7 +159,7 @@ def test_alphaedit_never_changes_what_preserved_keys_put_out(d: int, m: int, n: 
     preserved = torch.randn(m, m - n, generator=random, dtype=torch.float64)
     k = torch.randn(m, n, generator=random, dtype=torch.float64)
     r = torch.randn(d, n, generator=random, dtype=torch.float64)
-    metric = NullSpace(preserved @ preserved.T / (m - n), energy=1e-9)
+    metric = null_space(preserved @ preserved.T / (m - n), energy=1e-9)
     scale = float((k * metric.times(k)).sum(0).mean())
     found = solve_edit(k, r, metric, 1e-3 * scale)
     changed = float((found.dense() @ preserved).abs().max())
@@ -134,10 +174,10 @@ def test_alphaedit_with_earlier_edits_is_its_published_formula(
     """Fang et al. 2025, eq. 14, with λ for 1: ΔW = R KᵀP (K₁K₁ᵀP + KKᵀP + λI)⁻¹."""
     k, r, c, random = problem(shape)
     earlier = torch.randn(len(k), p, generator=random, dtype=torch.float64)
-    projector = NullSpace(c, energy=0.5).times(torch.eye(len(k), dtype=torch.float64))
+    projector = null_space(c, energy=0.5).times(torch.eye(len(k), dtype=torch.float64))
     dense = (earlier @ earlier.T + k @ k.T) @ projector + ridge * torch.eye(len(k), dtype=torch.float64)
     close(
-        solve_edit(k, r, NullSpace(c, energy=0.5, earlier=earlier, ridge=ridge), ridge),
+        solve_edit(k, r, null_space(c, energy=0.5, earlier=earlier, ridge=ridge), ridge),
         r @ k.T @ projector @ torch.linalg.inv(dense),
     )
 
@@ -160,7 +200,7 @@ def test_the_null_space_is_a_projector_that_holds_at_most_its_energy(
     shape: tuple[int, int, int, int], energy: float
 ) -> None:
     _, _, c, _ = problem(shape)
-    p = NullSpace(c, energy=energy).times(torch.eye(len(c), dtype=torch.float64))
+    p = null_space(c, energy=energy).times(torch.eye(len(c), dtype=torch.float64))
     torch.testing.assert_close(p @ p, p, rtol=1e-8, atol=1e-8)
     assert torch.trace(p @ c) <= (energy + 1e-9) * torch.trace(c)
 
@@ -210,14 +250,14 @@ def test_earlier_keys_need_a_ridge() -> None:
     k, r, c, _ = problem((6, 3, 1, 0))
     twice = torch.cat([k, k], 1)
     with pytest.raises(IllConditionedError, match="give one above 0"):
-        solve_edit(k, r, NullSpace(c, energy=1.0, earlier=twice, ridge=0.0), 0.0)
-    solve_edit(k, r, NullSpace(c, energy=1.0, earlier=twice, ridge=0.1), 0.1)
+        solve_edit(k, r, null_space(c, energy=1.0, earlier=twice, ridge=0.0), 0.0)
+    solve_edit(k, r, null_space(c, energy=1.0, earlier=twice, ridge=0.1), 0.1)
 
 
 def test_a_null_space_without_room_is_refused() -> None:
     k, r, c, _ = problem((4, 12, 1, 0))
     with pytest.raises(IllConditionedError):
-        solve_edit(k, r, NullSpace(c, energy=0.0), 0.0)
+        solve_edit(k, r, null_space(c, energy=0.0), 0.0)
 
 
 @pytest.mark.parametrize(

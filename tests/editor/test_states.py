@@ -78,7 +78,7 @@ def test_rows_are_recorded_alike_in_every_batch(model: EditableModel, batch_size
         assert (found.row, found.start) == (row, start)
         alone = record(model, [row], [start])[0]
         close(found.inputs, alone.inputs)
-        for mine, other in zip(found.kv, alone.kv, strict=True):
+        for mine, other in zip(found.kv.values(), alone.kv.values(), strict=True):
             close(mine[0], other[0])
 
 

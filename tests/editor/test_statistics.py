@@ -83,6 +83,15 @@ def test_where_every_reference_is_about_what_is_edited_only_the_other_tokens_cou
     assert not found.covariance(1).equal(found.everywhere[1])
 
 
+def test_eigenvectors_are_those_of_c0_and_kept_unless_a_reference_is_left_out(llama: EditableModel) -> None:
+    found = key_statistics(llama, [about(llama, "Rome", 0), about(llama, "Oslo", 1), *reference(llama)], (1,))
+    for without in ((), ("Bonn",), ("Rome",)):
+        values, vectors = found.eigenvectors(1, without)
+        torch.testing.assert_close(vectors * values @ vectors.T, found.covariance(1, without))
+    assert found.eigenvectors(1, ("Bonn",))[1] is found.eigenvectors(1)[1]
+    assert found.eigenvectors(1, ("Rome",))[1] is not found.eigenvectors(1)[1]
+
+
 def test_image_tokens_and_the_template_count(llava: EditableModel) -> None:
     prompt = question(llava, "Where?")
     assert key_statistics(llava, [prompt], (1,)).count == len(llava.encode(prompt).ids) > 9

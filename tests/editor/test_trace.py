@@ -14,8 +14,10 @@ from errata.editor.errors import (
     ConstraintNotFoundError,
     CorruptionFailedError,
     InvalidInputError,
+    MemoryLimitError,
     PromptError,
 )
+from errata.editor.memory import Memory
 from errata.editor.model import EditableModel, Encoded
 from errata.editor.prompts import Constraint, Prompt
 from errata.editor.states import Component
@@ -115,6 +117,21 @@ def test_the_row_limit_bounds_memory_and_changes_no_number(model: EditableModel,
     cut = trace(model, asked, TraceSettings(window=3, min_total_effect=ANY, max_rows=limit))
     np.testing.assert_allclose(cut.restored, whole.restored, rtol=1e-5)
     np.testing.assert_allclose(cut.restored_first, whole.restored_first, rtol=1e-5)
+
+
+def test_a_trace_that_memory_does_not_hold_is_made_in_smaller_batches_or_refused(model: EditableModel) -> None:
+    asked = request(model)
+    settings, rows = TraceSettings(window=3, min_total_effect=ANY), [0]
+
+    def three_rows() -> int:
+        rows[0] += 1
+        return 200_000
+
+    cut = trace(model, asked, settings, memory=Memory(free=three_rows))
+    np.testing.assert_allclose(cut.restored, trace(model, asked, settings).restored, rtol=1e-5)
+    assert rows[0] > 1
+    with pytest.raises(MemoryLimitError, match=r"one row takes about .* 0\.00 MB are free"):
+        trace(model, asked, settings, memory=Memory(free=lambda: 1))
 
 
 def test_a_trace_runs_over_the_tokens_from_the_constraint_to_the_prompts_end(

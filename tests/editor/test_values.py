@@ -7,7 +7,8 @@ import pytest
 import torch
 from tiny import context, question
 
-from errata.editor.errors import CancelledError
+from errata.editor.errors import CancelledError, MemoryLimitError
+from errata.editor.memory import Memory
 from errata.editor.model import EditableModel
 from errata.editor.prompts import Constraint, Prompt
 from errata.editor.requests import Context, EditRequest
@@ -187,6 +188,42 @@ def test_the_row_limit_changes_no_value(model: EditableModel, max_rows: int) -> 
         optimise_values(model, requests, LAYER, cut), optimise_values(model, requests, LAYER, FIXED), strict=True
     ):
         assert_alike(value, whole)
+
+
+def several(model: EditableModel) -> list[EditRequest]:
+    """Contexts and preserved prompts of one picture each, behind a text that makes it worth sharing."""
+    long = "What is the capital of this country? " * 8
+    found = []
+    for seed in (1, 2):
+        asked, *kept = (
+            Context(prompt=question(model, long + text, seed), constraint=Constraint(text=span))
+            for text, span in (
+                ("The Needle is where?", "Needle"),
+                ("Is Space there?", "Space"),
+                ("Where was the Tower?", "Tower"),
+            )
+        )
+        found.append(EditRequest(name=str(seed), contexts=(asked,), target="the capital of Rome", preserve=(*kept,)))
+    return found
+
+
+def test_values_of_prompts_that_share_a_picture_are_those_of_the_full_model(model: EditableModel) -> None:
+    requests = several(model)
+    for request, value in zip(requests, optimise_values(model, requests, LAYER, FIXED), strict=True):
+        assert value.losses[0] == pytest.approx(target_loss(model, request, value.value - value.delta), rel=1e-5)
+        assert value.losses[-1] == pytest.approx(target_loss(model, request, value.value), rel=1e-5)
+        assert value.kl == pytest.approx(preserved_kl(model, request, value.value), rel=1e-3)
+
+
+def test_values_that_memory_does_not_hold_together_descend_in_smaller_batches(model: EditableModel) -> None:
+    requests = several(model)
+    together = optimise_values(model, requests, LAYER, FIXED)
+    for value, whole in zip(
+        optimise_values(model, requests, LAYER, FIXED, memory=Memory(free=lambda: 4_000_000)), together, strict=True
+    ):
+        assert_alike(value, whole)
+    with pytest.raises(MemoryLimitError, match="one row takes about"):
+        optimise_values(model, requests, LAYER, FIXED, memory=Memory(free=lambda: 10_000))
 
 
 def test_a_request_that_is_done_keeps_its_value_while_others_go_on(llava: EditableModel) -> None:

@@ -5,6 +5,7 @@
     │   ├── ConstraintNotFoundError, PromptError, TargetError, NoOpEditError, ImageError, LayerError
     │   ├── ConflictingRequestsError     one key, two targets
     │   ├── RankTooLargeError            more than a serving engine takes
+    │   ├── MemoryLimitError             not even one row fits in the server's memory
     │   ├── MalformedError               a request that breaks the API's own limits
     │   ├── PageTokenError               malformed, expired or another list's page token
     │   └── MessageTooLargeError         more bytes in one message than the client or the server takes
@@ -139,6 +140,12 @@ class RankTooLargeError(InvalidInputError):
     """The version's rank is above all that serving engines take; export it merged, or as a plain adapter."""
 
     default_reason = "RANK_TOO_LARGE"
+
+
+class MemoryLimitError(InvalidInputError):
+    """Not even one row fits in the server's memory; give a smaller picture or a shorter prompt."""
+
+    default_reason = "MEMORY_LIMIT"
 
 
 class MalformedError(InvalidInputError):

@@ -9,7 +9,8 @@
     │   ├── ImageError                   unreadable, truncated or oversized image
     │   ├── LayerError                   no such layer
     │   ├── ConflictingRequestsError     one key, two targets
-    │   └── RankTooLargeError            more than a serving engine takes
+    │   ├── RankTooLargeError            more than a serving engine takes
+    │   └── MemoryLimitError             not even one row fits in memory
     ├── ModelError                   the checkpoint cannot be used
     │   ├── UnknownFamilyError           no adapter for this architecture
     │   ├── UnsafeCheckpointError        weights that are not safetensors
@@ -107,6 +108,12 @@ class RankTooLargeError(InvalidInputError):
     """The version's rank is above all that vLLM takes."""
 
     reason = "RANK_TOO_LARGE"
+
+
+class MemoryLimitError(InvalidInputError):
+    """Not even one row fits in memory."""
+
+    reason = "MEMORY_LIMIT"
 
 
 class ModelError(ErrataError):

@@ -2,6 +2,9 @@
 
 Judged by what the model really generates, greedily and stopping by itself; teacher-forced accuracy stands beside it,
 because it is what the literature mostly reports and it flatters (Yang et al. 2025).
+
+Prompts are read once. The expected answer is the draft of what is generated (`answering`), so that one pass tells both,
+and questions about one picture share it.
 """
 
 import math
@@ -15,8 +18,10 @@ from itertools import compress
 import numpy as np
 import torch
 
+from errata.editor.answering import Answered, answer_rows
 from errata.editor.errors import InvalidInputError
-from errata.editor.model import EditableModel, Encoded, by_length, same_answer
+from errata.editor.memory import Memory
+from errata.editor.model import EditableModel, Encoded, ReadPrompt, by_length, same_answer
 from errata.editor.prompts import Prompt
 
 
@@ -186,27 +191,47 @@ def evaluate(
     *,
     reference: Sequence[Prompt] = (),
     max_new_tokens: int = 16,
+    memory: Memory | None = None,
 ) -> Evaluation:
     """Asks every probe before and while `child` is open, which makes `model` answer as edited.
 
     Answers before come from the model as it is given, the parent. Probes whose `believed` the parent does not answer
-    are left out. `reference` are prompts for drift and fluency.
+    are left out. `reference` are prompts for drift and fluency. Batches are cut to what `memory` holds, None: the
+    device's own; raises MemoryLimitError where not even one prompt fits.
     """
-    asked = model.generate([p.prompt for p in probes], max_new_tokens=max_new_tokens)
-    counted = [p.believed is None or same_answer(p.believed, b.text) for p, b in zip(probes, asked, strict=True)]
-    probes, before = list(compress(probes, counted)), list(compress(asked, counted))
-    prompts = [p.prompt for p in probes]
-    expected = [p.expected if p.expected is not None else b.text for p, b in zip(probes, before, strict=True)]
-    rows = [model.encode(p, e) if e else None for p, e in zip(prompts, expected, strict=True)]
-    forced_before = _teacher_forced(model, rows)
+
+    def answers(rows: Sequence[Encoded]) -> list[Answered]:
+        return answer_rows(model, rows, max_new_tokens=max_new_tokens, memory=memory)
+
+    read = [model.read(p.prompt) for p in probes]
+    # What the parent is believed to say is a good draft of it, and no more than that.
+    drafted = [_behind(r, p.expected or p.believed or "") for r, p in zip(read, probes, strict=True)]
+    asked = answers(drafted)
+    counted = [p.believed is None or same_answer(p.believed, b.answer.text) for p, b in zip(probes, asked, strict=True)]
+    probes, before, read = (
+        list(compress(probes, counted)),
+        list(compress(asked, counted)),
+        list(compress(read, counted)),
+    )
+    expected = [p.expected if p.expected is not None else b.answer.text for p, b in zip(probes, before, strict=True)]
+    rows = [_behind(r, e) for r, e in zip(read, expected, strict=True)]
+    forced_before = [b.agreed if p.expected else math.nan for p, b in zip(probes, before, strict=True)]
+    # Of its own tokens the parent finds each the likeliest; they are read again where its text is written in others.
+    own = [n for n, p in enumerate(probes) if not p.expected]
+    others = [n for n in own if rows[n].answer.tolist() != list(before[n].tokens[: len(rows[n].answer)])]
+    for n in own:
+        forced_before[n] = 1.0 if expected[n] else math.nan
+    for n, told in zip(others, answers([rows[n] for n in others]), strict=True):
+        forced_before[n] = told.agreed
     distributions, text_before = _next_token(model, reference), _free_text(model, reference)
     with child:
-        after = model.generate(prompts, max_new_tokens=max_new_tokens)
-        forced = _teacher_forced(model, rows)
+        after = answers(rows)
         drifted, text = _next_token(model, reference), _free_text(model, reference)
     results = tuple(
-        ProbeResult(probe=p, before=b.text, after=a.text, expected=e, forced_before=fb, forced=f)
-        for p, b, a, e, fb, f in zip(probes, before, after, expected, forced_before, forced, strict=True)
+        ProbeResult(
+            probe=p, before=b.answer.text, after=a.answer.text, expected=e, forced_before=forced, forced=a.agreed
+        )
+        for p, b, a, e, forced in zip(probes, before, after, expected, forced_before, strict=True)
     )
     return Evaluation(
         results=results,
@@ -216,17 +241,9 @@ def evaluate(
     )
 
 
-def _teacher_forced(model: EditableModel, rows: Sequence[Encoded | None]) -> list[float]:
-    """The share of each answer's tokens that are the most likely ones after the right prefix; NaN without one."""
-    scored = [(i, r) for i, r in enumerate(rows) if r is not None]
-    shares = [math.nan] * len(rows)
-    for batch in by_length([r for _, r in scored], 64):
-        chosen = [scored[i] for i in batch]
-        with torch.inference_mode():
-            guesses = model.model(**model.inputs([r for _, r in chosen]), use_cache=False).logits.argmax(-1).cpu()
-        for (i, row), guess in zip(chosen, guesses, strict=True):
-            shares[i] = float((guess[row.prompt_length - 1 : -1] == row.answer).float().mean())
-    return shares
+def _behind(prompt: ReadPrompt, answer: str) -> Encoded:
+    """The prompt's row with the answer behind it, if there is one."""
+    return prompt.answered(answer) if answer else prompt.row
 
 
 def next_token_logits(model: EditableModel, prompts: Sequence[Prompt]) -> list[torch.Tensor]:

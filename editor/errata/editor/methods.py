@@ -3,7 +3,7 @@
 One path serves every method; a method is a key metric, a ridge, and whether requests are solved together.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, MutableMapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -24,7 +24,16 @@ from errata.editor.errors import (
 )
 from errata.editor.model import EditableModel, same_answer
 from errata.editor.requests import EditRequest, check_batch
-from errata.editor.solver import Identity, InverseCovariance, KeyMetric, NullSpace, solve_weighted
+from errata.editor.solver import (
+    Identity,
+    InverseCovariance,
+    KeyMetric,
+    NullSpace,
+    eigenvectors,
+    free_directions,
+    solve_edit,
+    solve_weighted,
+)
 from errata.editor.states import Component, record
 from errata.editor.statistics import KeyStatistics
 from errata.editor.trace import Progress
@@ -89,6 +98,10 @@ HOLDING = frozenset({Method.MEMIT, Method.ALPHAEDIT})
 """The methods that hold what earlier edits installed."""
 
 
+HeldKeys = MutableMapping[tuple[str, int], Float[Tensor, "m n"]]
+"""Keys of earlier requests by their name and the layer, to be given to the next edit of the same base again."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestOutcome:
     """How one request's value went, at the layer where it was optimised."""
@@ -121,16 +134,18 @@ def edit(
     *,
     parent: Delta | None = None,
     earlier: Sequence[EditRequest] = (),
+    known: HeldKeys | None = None,
     progress: StageProgress | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> EditResult:
     """Edits a batch of requests into a delta on `parent`, the base where None. The model is left as it was.
 
     `earlier` are requests that the parent holds already: MEMIT and AlphaEdit keep what stands at their keys as firmly
-    as they install the new values; those of a subject or key that is edited again are left out. Every method but
-    MultEdit needs `statistics` of the layers. Raises InvalidInputError and its kinds for requests that cannot be
-    edited, NoOpEditError for one whose target is the present answer, ConflictingRequestsError for two with one key and
-    different targets, NoCausalSiteError where no value moved, IllConditionedError, CancelledError.
+    as they install the new values; those of a subject or key that is edited again are left out. Their keys at a layer
+    that nothing is changed below are taken from `known`, and put there, if it is given. Every method but MultEdit needs
+    `statistics` of the layers. Raises InvalidInputError and its kinds for requests that cannot be edited, NoOpEditError
+    for one whose target is the present answer, ConflictingRequestsError for two with one key and different targets,
+    NoCausalSiteError where no value moved, IllConditionedError, CancelledError.
     """
     check_batch(tuple(requests))
     check_settings(model, settings, statistics)
@@ -163,7 +178,11 @@ def edit(
                 delta = delta + _spread(model, [request], [value], settings, statistics, delta, solved=solved)
         else:
             kept = [r for r in earlier if not _subjects([r]) & _subjects(requests)]
-            delta = _spread(model, requests, values, settings, statistics, delta, kept, found, solved=solved)
+            lowest = min([*settings.layers, *(parent.layers if parent else ())])
+            delta = _spread(
+                model, requests, values, settings, statistics, delta, kept, found,
+                known=known if lowest == settings.layers[0] else None, solved=solved,
+            )  # fmt: skip
     if not delta.layers:
         raise NoCausalSiteError(
             f"nothing was installed: at layer {settings.layers[-1]} no value at the constraint changes the answer; "
@@ -215,9 +234,11 @@ def _spread(
     earlier: Sequence[EditRequest] = (),
     before: Sequence[Sequence[_State]] | None = None,
     *,
+    known: HeldKeys | None = None,
     solved: Callable[[], None],
 ) -> Delta:
-    """ΔW of every layer for these requests, on top of `below`. `before`: their states there, if known.
+    """ΔW of every layer for these requests, on top of `below`. `before`: their states there, if known. `known` has the
+    keys of `earlier` at the lowest layer.
 
     Later layers see the edits below them, so keys, and what is left to install, are computed again before each
     (MEMIT §4.3).
@@ -231,7 +252,7 @@ def _spread(
     for n, layer in enumerate(settings.layers):
         with applied(model, below, delta):
             found = before if len(settings.layers) == 1 else _at_constraints(model, requests, layer, last)
-            held = _keys(_at_constraints(model, earlier, layer, last))
+            held = _held(model, earlier, layer, last, known if n == 0 else None)
         share = 1 / (len(settings.layers) - n)
         keys = _keys(found)
         held = [h for h in held if not _alike(h, torch.cat(keys, 1))]
@@ -239,8 +260,12 @@ def _spread(
             share * torch.stack([w - s.output for w, s in zip(ws, ss, strict=True)], dim=1)
             for ws, ss in zip(wanted, found, strict=True)
         ]
-        covariance = statistics.covariance(layer, _subjects(requests)) if statistics else None
-        low = solve_layer(keys, residuals, settings, covariance, held)
+        subjects = _subjects(requests)
+        covariance = statistics.covariance(layer, subjects) if statistics else None
+        free = None
+        if statistics and settings.method is Method.ALPHAEDIT:
+            free = free_directions(*statistics.eigenvectors(layer, subjects), energy=settings.null_energy)
+        low = solve_layer(keys, residuals, settings, covariance, held, free)
         one = Delta(
             base_sha256=model.base_sha256, layers={layer: low}, modules={layer: model.down_projection_name(layer)}
         )
@@ -259,6 +284,17 @@ def _counted(progress: Progress, total: int) -> Callable[[], None]:
 def _keys(states: Sequence[Sequence[_State]]) -> list[Float[Tensor, "m n"]]:
     """Each request's keys, a column a context."""
     return [torch.stack([s.key for s in ss], dim=1) for ss in states]
+
+
+def _held(
+    model: EditableModel, earlier: Sequence[EditRequest], layer: int, last: int, known: HeldKeys | None
+) -> list[Float[Tensor, "m n"]]:
+    """The keys of earlier requests, of which `known` has some already."""
+    known = {} if known is None else known
+    unknown = [r for r in earlier if (r.name, layer) not in known]
+    for request, keys in zip(unknown, _keys(_at_constraints(model, unknown, layer, last)), strict=True):
+        known[request.name, layer] = keys
+    return [known[r.name, layer] for r in earlier]
 
 
 def _shared(columns: Sequence[Float[Tensor, "k n"]]) -> list[Float[Tensor, "k n"]]:
@@ -299,11 +335,12 @@ def solve_layer(
     settings: EditSettings,
     covariance: Float[Tensor, "m m"] | None,
     held: Sequence[Float[Tensor, "m p"]] = (),
+    free: Float[Tensor, "m f"] | None = None,
 ) -> LowRank:
     """ΔW of one layer by the settings' method (methods.md §5), in float64.
 
     `keys` and `residuals` are one matrix a request, a column a context; `held` are keys of earlier edits, a matrix an
-    edit, whose values must stay. Raises IllConditionedError.
+    edit, whose values must stay; `free` is AlphaEdit's null space, where it is known. Raises IllConditionedError.
     """
     if settings.keys is Keys.MEAN or settings.method is Method.ROME:
         keys, residuals = ([c.mean(1, keepdim=True) for c in columns] for columns in (keys, residuals))
@@ -311,15 +348,23 @@ def solve_layer(
         keys, residuals = _shared(keys), _shared(residuals)
     K, R = (torch.cat(list(columns), 1).cpu() for columns in (keys, residuals))  # where the statistics are
     ridge = RIDGES[settings.method] if settings.ridge is None else settings.ridge
-    weighted = _metric(settings, covariance, None, 0.0).times(K)
+    installed = 1.0 if settings.method is Method.MEMIT else 0.0
+    kept = torch.cat(_shared(held), 1).cpu() if held else None
+    if not ridge:
+        return solve_edit(K, R, _metric(settings, covariance, kept, 0.0, free), installed)
+    weighted = _metric(settings, covariance, None, 0.0, free).times(K)
     ridge *= float((K * weighted).sum(0).mean())
-    if held:
-        weighted = _metric(settings, covariance, torch.cat(_shared(held), 1).cpu(), ridge).times(K)
-    return solve_weighted(K, weighted, R, ridge + (1.0 if settings.method is Method.MEMIT else 0.0))
+    if kept is not None:
+        weighted = _metric(settings, covariance, kept, ridge, free).times(K)
+    return solve_weighted(K, weighted, R, ridge + installed)
 
 
 def _metric(
-    settings: EditSettings, covariance: Float[Tensor, "m m"] | None, held: Float[Tensor, "m p"] | None, ridge: float
+    settings: EditSettings,
+    covariance: Float[Tensor, "m m"] | None,
+    held: Float[Tensor, "m p"] | None,
+    ridge: float,
+    free: Float[Tensor, "m f"] | None,
 ) -> KeyMetric:
     """The method's key metric; `ridge` is λ in the units of KᵀMK."""
     if settings.method is Method.MULTEDIT or covariance is None:
@@ -328,7 +373,9 @@ def _metric(
         case Method.MEMIT:
             return InverseCovariance(covariance, weight=settings.preservation, earlier=held)
         case Method.ALPHAEDIT:
-            return NullSpace(covariance, energy=settings.null_energy, earlier=held, ridge=ridge)
+            if free is None:
+                free = free_directions(*eigenvectors(covariance), energy=settings.null_energy)
+            return NullSpace(free, earlier=held, ridge=ridge)
         case _:
             return InverseCovariance(covariance)
 

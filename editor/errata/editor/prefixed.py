@@ -20,28 +20,52 @@ from errata.editor.model import EditableModel
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """The keys and values that stand before each row's suffix, padded, and what may not be attended to.
+    """The keys and values that stand before each row's suffix: those of a trunk that rows share, then a row's own.
 
-    Of n prefixes row r continues the one of number r modulo n; so it is with all that has as many entries.
+    Of n trunks row r continues the one of number r modulo n; where `counts` says how many rows each has, the rows of
+    one trunk follow one another. Of n entries of anything else row r has the one of number r modulo n.
 
-    `valid` says which of them are a row's own, None where all are; `unseen` what the model's mask hides of prefix and
-    suffix, None for plain causal attention; `blocked` what is hidden besides. The longest row has `longest` tokens.
+    `own` are keys and values between trunk and suffix, None where there are none. Both are padded: `valid` says which
+    of the trunk are a row's own, None where all are; `later` what of its own tokens and the suffix a token may not see.
+    `unseen` is what the model's mask hides of all of it, None for plain causal attention; `blocked` what is hidden
+    besides. The longest row has `longest` tokens.
     """
 
-    keys: Float[Tensor, "prefixes kv_heads prefix h"]
-    values: Float[Tensor, "prefixes kv_heads prefix h"]
-    valid: Bool[Tensor, "rows prefix"] | None
+    keys: Float[Tensor, "trunks kv_heads trunk h"]
+    values: Float[Tensor, "trunks kv_heads trunk h"]
+    counts: tuple[int, ...] | None
+    own: tuple[Float[Tensor, "rows kv_heads own h"], Float[Tensor, "rows kv_heads own h"]] | None
+    valid: Bool[Tensor, "rows trunk"] | None
+    later: Bool[Tensor, "rows_or_1 suffix own_and_suffix"]
     unseen: Bool[Tensor, "rows suffix tokens"] | None
     longest: int
     blocked: Bool[Tensor, "rows suffix tokens"] | None = None
 
-    def hidden(self, suffix: int) -> Bool[Tensor, "rows suffix tokens"]:
-        """What each token of a suffix of so many may not attend to, but for what is `blocked`."""
+    def hidden(self) -> Bool[Tensor, "rows suffix tokens"]:
+        """What each token of the suffix may not attend to, but for what is `blocked`."""
         if self.unseen is not None:
             return self.unseen
-        prefix = self.keys.shape[2]
-        later = torch.ones(suffix, prefix + suffix, dtype=torch.bool, device=self.keys.device).triu(prefix + 1)[None]
-        return later if self.valid is None else later | nn.functional.pad(~self.valid, (0, suffix))[:, None]
+        trunk, suffix = self.keys.shape[2], self.later.shape[1]
+        if self.valid is None:
+            return nn.functional.pad(self.later, (trunk, 0))
+        past = (~self.valid)[:, None].expand(-1, suffix, -1)
+        return torch.cat([past, self.later.expand(len(past), -1, -1)], dim=-1)
+
+    def joined(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows' own keys and values behind the trunk, in front of these, which are the suffix's."""
+        if self.own is None:
+            return keys, values
+        own = (of_rows(x, len(keys)).expand(len(keys), -1, -1, -1) for x in self.own)
+        joined = [torch.cat(parts, dim=2) for parts in zip(own, (keys, values), strict=True)]
+        return joined[0], joined[1]
+
+    def trunks(self, rows: int) -> tuple[Tensor, Tensor]:
+        """The trunk of each of so many rows."""
+        if self.counts is None:
+            keys, values = (of_rows(x, rows).expand(rows, -1, -1, -1) for x in (self.keys, self.values))
+            return keys, values
+        counts = torch.tensor(self.counts, device=self.keys.device)
+        return self.keys.repeat_interleave(counts, 0), self.values.repeat_interleave(counts, 0)
 
 
 PREFIX: ContextVar[Prefix] = ContextVar("prefix")
@@ -61,8 +85,8 @@ class JoinedPrefix:
     def update(self, keys: Tensor, values: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """The suffix's own keys and values behind a copy of the prefix in every row."""
         prefix = PREFIX.get()
-        before = (of_rows(x, len(keys)).expand(len(keys), -1, -1, -1) for x in (prefix.keys, prefix.values))
-        joined = [torch.cat(parts, dim=2) for parts in zip(before, (keys, values), strict=True)]
+        own = prefix.joined(keys, values)
+        joined = [torch.cat(parts, dim=2) for parts in zip(prefix.trunks(len(keys)), own, strict=True)]
         return joined[0], joined[1]
 
 
@@ -89,10 +113,11 @@ def _prefixed_attention(
     """
     prefix = PREFIX.get()
     heads, suffix, width = query.shape[1:]
-    kv_heads, before = prefix.keys.shape[1], prefix.keys.shape[2]
+    kv_heads, trunk = prefix.keys.shape[1], prefix.keys.shape[2]
     scale = width**-0.5 if scaling is None else scaling
+    key, value = prefix.joined(key, value)
     grouped = (query * scale).unflatten(1, (kv_heads, heads // kv_heads)).flatten(2, 3)  # rows, kv heads, g·s, h
-    past = _against(grouped, prefix.keys.transpose(-1, -2))
+    past = _against(grouped, prefix.keys.transpose(-1, -2), prefix.counts)
     own = grouped @ key.transpose(-1, -2)
     if softcap is not None:
         past, own = ((x / softcap).tanh() * softcap for x in (past, own))
@@ -103,12 +128,11 @@ def _prefixed_attention(
     else:
         if prefix.valid is not None:
             past = past.masked_fill(~of_rows(prefix.valid, len(past))[:, None, None], -torch.inf)
-        later = torch.ones(suffix, suffix, dtype=torch.bool, device=query.device).triu(1)
-        scores = torch.cat([past, _masked(own, later[None])], dim=-1)
+        scores = torch.cat([past, _masked(own, prefix.later)], dim=-1)
     if prefix.blocked is not None:
         scores = _masked(scores, prefix.blocked)
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    out = _against(weights[..., :before], prefix.values) + weights[..., before:] @ value
+    out = _against(weights[..., :trunk], prefix.values, prefix.counts) + weights[..., trunk:] @ value
     joined: Tensor = out.unflatten(2, (-1, suffix)).flatten(1, 2).transpose(1, 2)
     return joined, None
 
@@ -127,14 +151,23 @@ def of_rows(x: Shaped[Tensor, "prefixes ..."], rows: int) -> Shaped[Tensor, "row
     return x if len(x) in (1, rows) else x.repeat(rows // len(x), *[1] * (x.dim() - 1))
 
 
-def _against(x: Float[Tensor, "rows k a b"], shared: Float[Tensor, "prefixes k b c"]) -> Float[Tensor, "rows k a c"]:
+def _against(
+    x: Float[Tensor, "rows k a b"], shared: Float[Tensor, "trunks k b c"], counts: tuple[int, ...] | None
+) -> Float[Tensor, "rows k a c"]:
     """`x @ shared`, with the rows of x that share one folded into one product."""
     if len(shared) == len(x):
         return x @ shared
-    folded = x.unflatten(0, (-1, len(shared))).movedim(0, 2)  # prefixes, k, rows of each, a, b
-    product = (folded.flatten(2, 3) @ shared).unflatten(2, folded.shape[2:4])
-    unfolded: Tensor = product.movedim(2, 0).flatten(0, 1)
-    return unfolded
+    if counts is None:
+        folded = x.unflatten(0, (-1, len(shared))).movedim(0, 2)  # trunks, k, rows of each, a, b
+        product = (folded.flatten(2, 3) @ shared).unflatten(2, folded.shape[2:4])
+        unfolded: Tensor = product.movedim(2, 0).flatten(0, 1)
+        return unfolded
+    if len(set(counts)) > 1:
+        parts = zip(x.split(counts), shared.split(1), strict=True)
+        return torch.cat([_against(rows, trunk, (len(rows),)) for rows, trunk in parts])
+    grouped = x.unflatten(0, (len(shared), -1)).transpose(1, 2)  # trunks, k, rows of each, a, b
+    by_trunk: Tensor = (grouped.flatten(2, 3) @ shared).unflatten(2, grouped.shape[2:4]).transpose(1, 2).flatten(0, 1)
+    return by_trunk
 
 
 _NAME = "errata_prefixed"

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from errata.editor.errors import CancelledError
+from errata.editor.memory import Memory
 from errata.editor.model import EditableModel, Encoded
 from errata.editor.states import Component, Recording, Suffix
 
@@ -71,32 +72,38 @@ class AnswerReader:
 class Restorer:
     """Restores states of `clean` in corrupted runs.
 
-    `max_rows` bounds a batch, and with it memory; it holds at least one restoration in each corrupted run.
+    `max_rows` bounds a batch, which holds at least one restoration in each corrupted run; smaller ones are run where
+    `memory` holds no more.
     """
 
     clean: Recording
     reader: AnswerReader
     max_rows: int
     cancelled: Callable[[], bool] | None = None
+    memory: Memory | None = None
 
     def __call__(
         self, suffix: Suffix, start: int, restorations: Iterable[Restoration], layers: int
     ) -> dict[Restoration, tuple[Probabilities, ...]]:
         """Makes each of the restored runs once, from token `start` on: one in each of the corrupted runs.
 
-        `suffix` must be open and continue the corrupted runs from `start`. Raises CancelledError between batches.
+        `suffix` must be open and continue the corrupted runs from `start`. Raises CancelledError between batches, and
+        MemoryLimitError where one restoration does not fit.
         """
         runs = sorted(dict.fromkeys(restorations), key=lambda r: r.layers.start)
         found: dict[Restoration, tuple[Probabilities, ...]] = {}
         draws = len(suffix.begins)
-        size = max(1, self.max_rows // draws)
-        for i in range(0, len(runs), size):
+
+        def run(batch: Sequence[Restoration]) -> None:
             if self.cancelled and self.cancelled():
                 raise CancelledError("the causal trace was cancelled; nothing was changed")
-            batch = runs[i : i + size]
             hidden = self._climb(suffix, start - self.clean.start, batch, layers)
             told = self.reader.of(suffix, hidden, start)
-            found |= {run: tuple(told[n * draws : (n + 1) * draws]) for n, run in enumerate(batch)}
+            found.update({one: tuple(told[n * draws : (n + 1) * draws]) for n, one in enumerate(batch)})
+
+        memory = self.memory or Memory.of(self.clean.inputs.device)
+        most, row_bytes = max(1, self.max_rows // draws), draws * suffix.row_bytes
+        memory.parts(run, runs, most=most, row_bytes=row_bytes)
         return found
 
     def _climb(

@@ -11,7 +11,8 @@ metric, λ the ridge:
     EMMET      M = C₀⁻¹, λ = 0, n > 1       (Gupta et al. 2024, eq. 12)
     AlphaEdit  M = P, λ > 0                 P projects on the null space of the keys to preserve (Fang et al. 2025)
 
-Every one is exactly low-rank: B = R (KᵀMK + λI)⁻¹ is d × n, A = KᵀM is n × m.
+Every one is exactly low-rank: B = R (KᵀMK + λI)⁻¹ is d × n, A = KᵀM is n × m. Of more keys than d the rank is d, and
+where M = G⁻¹ and λ > 0 the same ΔW = RKᵀ(KKᵀ + λG)⁻¹ takes one system of m unknowns instead of n, whichever is cheaper.
 Knows nothing about models, prompts or files; works in float64.
 """
 
@@ -65,6 +66,10 @@ class InverseCovariance(KeyMetric):
             )
         return torch.cholesky_solve(keys.double(), factor) / self.weight
 
+    def inverse(self) -> Float[Tensor, "m m"]:
+        """G = M⁻¹, in float64, in a matrix of the caller's own."""
+        return self._jittered(self.covariance.diagonal().double().mean()).mul_(self.weight)
+
     def _jittered(self, mean: Tensor) -> Float[Tensor, "m m"]:
         """M⁻¹ / weight, in one new matrix: at LLaVA-7B's size each further one is a gigabyte."""
         c = self.covariance.to(torch.float64, copy=True)
@@ -76,30 +81,39 @@ class InverseCovariance(KeyMetric):
 
 @dataclass(frozen=True, slots=True)
 class NullSpace(KeyMetric):
-    """M = P, the projector on what the keys to preserve hardly use: C₀'s eigenvectors of least energy.
+    """M = P, the projector on the directions that the keys to preserve hardly use (`free_directions`).
 
-    Directions are given up, largest first, until those left hold at most `energy` of C₀'s trace. What stands at the
-    keys `earlier`, of edits made before, is held as firmly as the new residuals are sought, against the ridge λ > 0
-    that is solved with (Fang et al. 2025, eq. 14): M = P − PK₁(λI + K₁ᵀPK₁)⁻¹K₁ᵀP.
+    What stands at the keys `earlier`, of edits made before, is held as firmly as the new residuals are sought, against
+    the ridge λ > 0 that is solved with (Fang et al. 2025, eq. 14): M = P − PK₁(λI + K₁ᵀPK₁)⁻¹K₁ᵀP.
     """
 
-    covariance: Float[Tensor, "m m"]
-    energy: float = 0.02
+    free: Float[Tensor, "m f"]
     earlier: Float[Tensor, "m p"] | None = None
     ridge: float = 0.0
 
     def times(self, keys: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
-        values, vectors = torch.linalg.eigh(self.covariance.double())
-        share = values.clamp(min=0).cumsum(0) / values.clamp(min=0).sum()
-        free: Tensor = vectors[:, share <= self.energy]
-        within = free.T @ keys.double()
+        within = self.free.T @ keys.double()
         if self.earlier is not None:
             if not self.ridge > 0:
                 raise IllConditionedError("earlier edits are held against a ridge, which is 0; give one above 0")
-            held = free.T @ self.earlier.double()
+            held = self.free.T @ self.earlier.double()
             normal = held.T @ held + self.ridge * torch.eye(held.shape[1], dtype=held.dtype)
             within = within - held @ torch.linalg.solve(normal, held.T @ within)
-        return free @ within
+        return self.free @ within
+
+
+def eigenvectors(covariance: Float[Tensor, "m m"]) -> tuple[Float[Tensor, " m"], Float[Tensor, "m m"]]:
+    """C₀'s eigenvalues in rising order and their vectors as columns, in float64."""
+    values, vectors = torch.linalg.eigh(covariance.double())
+    return values, vectors
+
+
+def free_directions(
+    values: Float[Tensor, " m"], vectors: Float[Tensor, "m m"], *, energy: float
+) -> Float[Tensor, "m f"]:
+    """C₀'s eigenvectors of least energy: the largest are given up until the rest hold at most `energy` of its trace."""
+    share = values.clamp(min=0).cumsum(0) / values.clamp(min=0).sum()
+    return vectors[:, share <= energy]
 
 
 def solve_edit(keys: Float[Tensor, "m n"], residuals: Float[Tensor, "d n"], metric: KeyMetric, ridge: float) -> LowRank:
@@ -109,7 +123,34 @@ def solve_edit(keys: Float[Tensor, "m n"], residuals: Float[Tensor, "d n"], metr
     Raises IllConditionedError if KᵀMK + λI is not safely positive definite: two requests with the same key and
     different targets, usually.
     """
+    if isinstance(metric, InverseCovariance) and ridge > 0 and _many(keys.shape[0], keys.shape[1], residuals.shape[0]):
+        return _solve_inverse(keys, residuals, metric, ridge)
     return solve_weighted(keys, metric.times(keys), residuals, ridge)
+
+
+def _many(m: int, n: int, d: int) -> bool:
+    """Whether n keys are so many that a system of m unknowns takes fewer operations than one of n."""
+    by_keys = 2 * m * m * n + m * n * n + n**3 / 3 + 2 * d * n * n + 2 * d * n * m
+    by_inner = 2 * m * m * n + 2 * d * n * m + 2 * m * m * d
+    return n > d and by_inner < by_keys
+
+
+def _solve_inverse(
+    keys: Float[Tensor, "m n"], residuals: Float[Tensor, "d n"], metric: InverseCovariance, ridge: float
+) -> LowRank:
+    """ΔW = RKᵀ(KKᵀ + λG)⁻¹, of rank d: B is the identity."""
+    k, r = keys.double(), residuals.double()
+    _check_finite(r)
+    system = metric.inverse().mul_(ridge).addmm_(k, k.T)
+    factor, info = torch.linalg.cholesky_ex(system)
+    del system
+    if info.item() or not torch.isfinite(factor.diagonal()).all():
+        raise IllConditionedError(
+            f"KKᵀ + λG of {k.shape[1]} keys is not positive definite (λ = {ridge:g}): the key statistics come from too "
+            "few reference prompts; give more, or raise `jitter`"
+        )
+    change = torch.cholesky_solve(k @ r.T, factor)
+    return LowRank(a=change.T.float().contiguous(), b=torch.eye(len(r)))
 
 
 def solve_weighted(
@@ -127,9 +168,15 @@ def solve_weighted(
             f"KᵀMK + λI of {normal.shape[0]} keys is not positive definite (λ = {ridge:g}): two requests share a key, "
             "or there are more keys than free directions; merge the requests, raise the ridge or edit fewer at once"
         )
-    if not torch.isfinite(r).all():
-        raise IllConditionedError("the residuals hold NaN or infinity: a value's descent diverged; lower the rate")
+    _check_finite(r)
     b = torch.cholesky_solve(r.T, factor).T
+    if normal.shape[0] > len(r):
+        return LowRank(a=(b @ mk.T).float(), b=torch.eye(len(r)))
     # Near keys make columns of B that are huge and cancel, which float32 would not survive: give A orthonormal rows.
     rows, mix = torch.linalg.qr(mk)
     return LowRank(a=rows.T.float().contiguous(), b=(b @ mix.T).float().contiguous())
+
+
+def _check_finite(residuals: Float[Tensor, "d n"]) -> None:
+    if not torch.isfinite(residuals).all():
+        raise IllConditionedError("the residuals hold NaN or infinity: a value's descent diverged; lower the rate")

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from enum import StrEnum
+from functools import cached_property
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -23,7 +25,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache
 
+from errata.editor.branching import Trunk, branch_inputs, furthest, seen, stacked, token_bytes
 from errata.editor.errors import InvalidInputError
+from errata.editor.memory import Memory
 from errata.editor.model import EditableModel, Encoded, by_length
 from errata.editor.prefixed import (
     PREFIX,
@@ -47,23 +51,28 @@ class Component(StrEnum):
     LAYER = "layer"
 
 
+KeysValues = tuple[Float[Tensor, "heads tokens h"], Float[Tensor, "heads tokens h"]]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recording:
     """What one forward pass left behind of one row: `outputs` and `keys` of the tokens from `start` on.
 
     `begin` is where a run from `start` begins (`begin_of`). `inputs` are those from there on, and so is `injected`:
-    what the model adds to the stream between a layer and the next, such as image features.
+    what the model adds to the stream between a layer and the next, such as image features. What stands before the
+    row's own branch is in `trunk`, where it has one: `kv` and `calls` are of the tokens behind it.
     """
 
     row: Encoded
     start: int
     begin: int
+    trunk: Trunk | None
     inputs: Float[Tensor, "layers suffix d"]
     injected: Mapping[int, Float[Tensor, "suffix d"]]
     outputs: Mapping[Component, Float[Tensor, "layers suffix d"]]
     keys: Mapping[int, Float[Tensor, "suffix m"]]
     """Inputs of the down-projections of the layers asked for."""
-    kv: Sequence[tuple[Float[Tensor, "heads tokens h"], Float[Tensor, "heads tokens h"]]]
+    kv: Mapping[int, KeysValues]
     calls: Sequence[Mapping[str, Any]]
 
     @property
@@ -71,9 +80,14 @@ class Recording:
         """Tokens of the whole row."""
         return len(self.row.ids)
 
+    @property
+    def offset(self) -> int:
+        """Tokens of the trunk."""
+        return self.trunk.tokens if self.trunk else 0
+
     def begin_of(self, start: int) -> int:
         """The last token up to `start` before which nothing sees itself or more: `start`, if attention is causal."""
-        return _begin(self.calls[0].get("attention_mask"), start)
+        return start if self.trunk else _begin(self.calls[0].get("attention_mask"), start)
 
 
 def record(
@@ -85,31 +99,61 @@ def record(
     key_layers: Sequence[int] = (),
     resumable: bool = True,
     batch_size: int = 64,
+    trunks: Sequence[Trunk | None] | None = None,
+    lowest: int = 0,
+    memory: Memory | None = None,
 ) -> list[Recording]:
     """Runs the full model once over each row and keeps what later runs can start from.
 
     `starts[i]` is the first token whose states are kept for row i. Rows of one length share a batch. Without
-    `resumable` no attention keys and values are kept, most of a recording's memory, and no run can start from it.
+    `resumable` no attention keys and values are kept, most of a recording's memory, and no run can start from it; with
+    it a run can start at the layer `lowest`, below which none are kept. Rows that have one of `trunks` are run behind
+    it; it must end before what is kept of them. Batches are cut to what `memory` holds, where it is given.
     """
     found: list[Recording | None] = [None] * len(rows)
-    for indices in by_length(rows, batch_size):
-        batch = [rows[i] for i in indices]
-        recorded = _record(model, batch, [starts[i] for i in indices], components, key_layers, resumable)
+    trunks = trunks or [None] * len(rows)
+    kept = range(lowest, len(model.layers)) if resumable else range(0)
+    behind, fits = trunks, memory or Memory(free=lambda: None)
+
+    def run(indices: Sequence[int]) -> None:
+        batch, own = [rows[i] for i in indices], [behind[i] for i in indices]
+        recorded = _record(model, batch, own, [starts[i] for i in indices], components, key_layers, kept)
         for i, recording in zip(indices, recorded, strict=True):
             found[i] = recording
+
+    for indices in _batches(rows, trunks, batch_size):
+        longest = max(len(rows[i].ids) for i in indices)
+        fits.parts(run, indices, most=batch_size, row_bytes=longest * token_bytes(model))
     return [r for r in found if r is not None]
+
+
+def _batches(rows: Sequence[Encoded], trunks: Sequence[Trunk | None], limit: int) -> list[list[int]]:
+    """Rows that can be run together: whole ones of one shape, or branches behind trunks of as many tokens."""
+    whole = [i for i, trunk in enumerate(trunks) if trunk is None]
+    batches = [[whole[i] for i in some] for some in by_length([rows[i] for i in whole], limit)]
+    branches: dict[int, list[int]] = {}
+    for i, trunk in enumerate(trunks):
+        if trunk is not None:
+            branches.setdefault(trunk.tokens, []).append(i)
+    for some in branches.values():
+        some.sort(key=lambda i: len(rows[i].ids))
+        batches += [some[i : i + limit] for i in range(0, len(some), limit)]
+    return batches
 
 
 def _record(
     model: EditableModel,
     batch: Sequence[Encoded],
+    trunks: Sequence[Trunk | None],
     starts: Sequence[int],
     components: Sequence[Component],
     key_layers: Sequence[int],
-    resumable: bool,
+    kept: range,
 ) -> list[Recording]:
     rows, low = len(batch), 0
-    begins: list[int] = []
+    behind = [t for t in trunks if t is not None]
+    offset = behind[0].tokens if behind else 0
+    begins: list[int] = list(starts) if behind else []
     inputs: list[Tensor] = []
     injected: dict[int, Tensor] = {}
     calls: list[Mapping[str, Any]] = []
@@ -123,9 +167,10 @@ def _record(
         call = {**{k: v for k, v in bound.arguments.items() if k != "kwargs"}, **bound.arguments.get("kwargs", {})}
         hidden = call.pop("hidden_states")
         if not calls:
-            mask = call.get("attention_mask")
-            begins.extend(_begin(_row_of("attention_mask", mask, b), s) for b, s in enumerate(starts))
-            low = min(begins)
+            if not begins:
+                mask = call.get("attention_mask")
+                begins.extend(_begin(_row_of("attention_mask", mask, b), s) for b, s in enumerate(starts))
+            low = min(begins) - offset
         elif hidden is not left[0] and not torch.equal(hidden, left[0]):
             injected[len(calls) - 1] = (hidden - left[0])[:, low:]
         inputs.append(hidden[:, low:].clone())
@@ -141,7 +186,8 @@ def _record(
         return lambda _module, args: keys.__setitem__(index, by_row(args[0], rows)[:, low:].clone())
 
     # Not made from the config: a sliding cache forgets what a run started in the middle needs.
-    cache = DynamicCache()
+    cached = {"past_key_values": DynamicCache() if kept else None, "use_cache": bool(kept)}
+    given: dict[str, Any] = branch_inputs(model, batch, behind) if behind else {**model.inputs(batch), **cached}
     with ExitStack() as hooks, torch.no_grad():
         for index, layer in enumerate(model.layers):
             hooks.enter_context(_hook(layer.register_forward_pre_hook(on_layer, with_kwargs=True)))
@@ -152,34 +198,53 @@ def _record(
             if index in key_layers:
                 down = layer.get_submodule(model.family.down_projection)
                 hooks.enter_context(_hook(down.register_forward_pre_hook(on_key(index))))
-        model.model(
-            **model.inputs(batch), past_key_values=cache if resumable else None, use_cache=resumable, logits_to_keep=1
-        )
-    layers: Any = cache.layers if resumable else ()
-    states: list[tuple[Tensor, Tensor]] = [(layer.keys, layer.values) for layer in layers]
-    stacked = torch.stack(inputs)
-    stacked_outputs = {c: torch.stack(o) for c, o in outputs.items()}
-    return [
-        Recording(
+        model.model(**given, logits_to_keep=1)
+    layers: Any = given["past_key_values"].layers if kept else ()
+    states: dict[int, tuple[Tensor, Tensor]] = {i: (layers[i].keys, layers[i].values) for i in kept}
+    stacks = torch.stack(inputs), {c: torch.stack(o) for c, o in outputs.items()}
+
+    def recording(b: int, row: Encoded, start: int, begin: int) -> Recording:
+        own, since, until = start - offset - low, begin - offset - low, len(row.ids) - offset - low
+        return Recording(
             row=row,
             start=start,
             begin=begin,
-            inputs=stacked[:, b, begin - low :],
-            injected={i: x[b, begin - low :] for i, x in injected.items()},
-            outputs={c: o[:, b, start - low :] for c, o in stacked_outputs.items()},
-            keys={i: k[b, start - low :] for i, k in keys.items()},
-            kv=[(keys[b], values[b]) for keys, values in states],
-            calls=[{k: _row_of(k, v, b) for k, v in call.items()} for call in calls],
+            trunk=trunks[b],
+            inputs=stacks[0][:, b, since:until],
+            injected={i: x[b, since:until] for i, x in injected.items()},
+            outputs={c: o[:, b, own:until] for c, o in stacks[1].items()},
+            keys={i: k[b, own:until] for i, k in keys.items()},
+            kv={i: (k[b, :, : until + low], v[b, :, : until + low]) for i, (k, v) in states.items()},
+            calls=[_call_of(call, b, offset, len(row.ids)) for call in calls],
         )
-        for b, (row, start, begin) in enumerate(zip(batch, starts, begins, strict=True))
-    ]
+
+    return [recording(b, row, s, begin) for b, (row, s, begin) in enumerate(zip(batch, starts, begins, strict=True))]
+
+
+def _cut(value: Any, tokens: int) -> Any:
+    """A positional argument without those of the padding."""
+    return tuple(_cut(v, tokens) for v in value) if isinstance(value, tuple) else value[:tokens]
+
+
+def _call_of(call: Mapping[str, Any], row: int, offset: int, length: int) -> Mapping[str, Any]:
+    """A layer's arguments for one row; a mask that hides of a branch only what comes later is none."""
+    own = {k: _row_of(k, v, row) for k, v in call.items()}
+    own |= {k: _cut(own[k], length - offset) for k in _POSITIONAL if own.get(k) is not None}
+    mask = own.get("attention_mask")
+    if offset and mask is not None:
+        own["attention_mask"] = mask = mask[:, : length - offset, :length]
+        sees = seen(mask)
+        if torch.equal(sees, torch.ones_like(sees).tril(offset)):
+            own["attention_mask"] = None
+    return own
 
 
 class Suffix:
     """Runs decoder layers on the tokens from a position on, over the keys and values of recorded runs.
 
     Of n recordings row r of a batch continues the one of number r modulo n, and the rows of one share its prefix, which
-    is attended to once for all of them: a batch has as many rows as recordings, or several times as many. Rows shorter
+    is attended to once for all of them: a batch has as many rows as recordings, or several times as many. Where all
+    recordings have trunks it has as many; those of one trunk must follow one another and share that. Rows shorter
     than the longest are padded on the right, where causality keeps the padding from reaching anything.
 
     `begins` are the tokens that the rows begin with, `offsets` where in its row each of `starts` stands: 0 but where
@@ -195,8 +260,7 @@ class Suffix:
         self.offsets = [s - b for s, b in zip(starts, self.begins, strict=True)]
         self.lengths = [r.length - b for r, b in self._rows()]
         self.width = max(self.lengths)
-        self._prefix = max(self.begins)
-        self._valid = self._prefix_mask()
+        self._layout = _Layout.of(recordings, self.begins)
         # Put together on first use: a value's descent runs the same layers many times.
         self._prefixes: dict[int, Prefix] = {}
         self._calls: dict[int, dict[str, Any]] = {}
@@ -212,6 +276,25 @@ class Suffix:
     def inputs(self, layer: int) -> Float[Tensor, "rows suffix d"]:
         """The recorded inputs of a layer, one row a recording, padded with zeros."""
         return self._padded([r.inputs[layer, b - r.begin :] for r, b in self._rows()])
+
+    @property
+    def row_bytes(self) -> int:
+        """About what one row takes while a layer runs: its states, the MLP's, and attention's weights in float32."""
+        config = self._model.model.config.get_text_config()
+        inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+        columns = self._layout.width + self._layout.own_width + self.width
+        a_token = (16 * config.hidden_size + 3 * inner) * self._model.model.dtype.itemsize
+        return self.width * int(a_token + 12 * config.num_attention_heads * columns)
+
+    def outputs(self, layer: int) -> Float[Tensor, "rows suffix d"]:
+        """The recorded outputs of a layer, with what the model adds to them, as `inputs`.
+
+        Those of the last layer must be recorded, and are zeros before the row's start.
+        """
+        if layer + 1 < len(self._model.layers):
+            return self.inputs(layer + 1)
+        last = [(r.outputs[Component.LAYER][layer], r.start - b) for r, b in self._rows()]
+        return self._padded([nn.functional.pad(x, (0, 0, before, 0)) for x, before in last])
 
     def _rows(self) -> Iterator[tuple[Recording, int]]:
         return zip(self._recordings, self.begins, strict=True)
@@ -265,7 +348,7 @@ class Suffix:
         self, blocked: Bool[Tensor, "rows suffix tokens"], prefix: Prefix
     ) -> Bool[Tensor, "rows suffix tokens"]:
         """`blocked`, if it leaves every token something to attend to."""
-        alone = (prefix.hidden(self.width) | blocked).all(-1)
+        alone = (prefix.hidden() | blocked).all(-1)
         if alone.any():
             row, position = (int(i) for i in alone.nonzero()[0])
             raise InvalidInputError(
@@ -290,7 +373,7 @@ class Suffix:
         call = {k: _of_rows(v, len(rows)) if k in _POSITIONAL else v for k, v in self._calls[layer].items()}
         if shares_prefix(self._model):
             return call
-        hidden = prefix.hidden(self.width) if prefix.blocked is None else prefix.hidden(self.width) | prefix.blocked
+        hidden = prefix.hidden() if prefix.blocked is None else prefix.hidden() | prefix.blocked
         bias = torch.zeros(hidden.shape, dtype=rows.dtype, device=hidden.device)
         bias = bias.masked_fill_(hidden, torch.finfo(rows.dtype).min)
         return call | {"attention_mask": of_rows(bias, len(rows))[:, None]}
@@ -302,31 +385,40 @@ class Suffix:
             piece = value[start:]
             return torch.cat([piece, piece[-1:].expand(self.width - len(piece), *piece.shape[1:])])
 
-        rows = [cut(r.calls[layer][name], b) for r, b in self._rows()]
+        rows = [cut(r.calls[layer][name], b - r.offset) for r, b in self._rows()]
         if isinstance(rows[0], tuple):
             return tuple(torch.stack(parts) for parts in zip(*rows, strict=True))
         return torch.stack(rows)
 
     def _prefix_of(self, layer: int) -> Prefix:
-        def padded(x: Tensor, start: int) -> Tensor:
-            return nn.functional.pad(x[:, :start], (0, 0, 0, self._prefix - start))
-
         if layer not in self._prefixes:
-            pairs = [(r.kv[layer], b) for r, b in self._rows()]
+            keys, values = self._layout.shared(self._recordings, self.begins, layer)
             self._prefixes[layer] = Prefix(
-                keys=torch.stack([padded(kv[0], b) for kv, b in pairs]),
-                values=torch.stack([padded(kv[1], b) for kv, b in pairs]),
+                keys=keys,
+                values=values,
+                counts=self._layout.counts,
+                own=self._layout.own(self._recordings, self.begins, layer),
                 valid=self._valid,
+                later=self._later,
                 unseen=self._unseen(layer),
                 longest=max(r.length for r in self._recordings),
             )
         return self._prefixes[layer]
 
-    def _prefix_mask(self) -> Tensor | None:
-        if len(set(self.begins)) == 1:
-            return None
-        begins = torch.tensor(self.begins, device=self._model.device)
-        return torch.arange(self._prefix, device=self._model.device) < begins[:, None]
+    @cached_property
+    def _valid(self) -> Bool[Tensor, "rows trunk"] | None:
+        return _up_to(self._layout.trunks, self._layout.width, self._model.device)
+
+    @cached_property
+    def _later(self) -> Bool[Tensor, "rows_or_1 suffix own_and_suffix"]:
+        """What of its own tokens and the suffix a token may not see, by plain causality."""
+        own = self._layout.own_width
+        later = torch.ones(self.width, own + self.width, dtype=torch.bool, device=self._model.device).triu(own + 1)
+        lengths = [b - t for b, t in zip(self.begins, self._layout.trunks, strict=True)]
+        valid = _up_to(lengths, own, self._model.device)
+        if valid is None:
+            return later[None]
+        return later | nn.functional.pad(~valid, (0, self.width))[:, None]
 
     def _unseen(self, layer: int) -> Bool[Tensor, "rows suffix tokens"] | None:
         """What the model's own mask hides; None where it passed none, for plain causal attention."""
@@ -334,20 +426,95 @@ class Suffix:
         if all(mask is None for mask in masks):
             return None
         # A row that is shorter than a sliding window is passed none.
-        causal = [
-            torch.ones(r.length, r.length, dtype=torch.bool, device=self._model.device).tril() for r in self._recordings
+        sees = [
+            seen(mask)[b - r.offset :]
+            if mask is not None
+            else torch.ones(r.length - b, r.length, dtype=torch.bool, device=self._model.device).tril(b)
+            for mask, (r, b) in zip(masks, self._rows(), strict=True)
         ]
-        seen = [c if mask is None else _seen(mask) for mask, c in zip(masks, causal, strict=True)]
-        return torch.stack([self._unseen_of(s, b) for s, b in zip(seen, self.begins, strict=True)])
+        return torch.stack(
+            [self._unseen_of(s, t, b) for s, t, b in zip(sees, self._layout.trunks, self.begins, strict=True)]
+        )
 
-    def _unseen_of(self, seen: Bool[Tensor, "tokens tokens"], begin: int) -> Bool[Tensor, "suffix tokens"]:
+    def _unseen_of(self, sees: Bool[Tensor, "own tokens"], trunk: int, begin: int) -> Bool[Tensor, "suffix columns"]:
         """Padded: no token sees the padding of the prefix, and padding after the row's end sees only itself."""
-        own = len(seen) - begin
-        unseen = ~torch.eye(self.width, dtype=torch.bool, device=seen.device)
-        unseen = torch.cat([torch.ones(self.width, self._prefix, dtype=torch.bool, device=seen.device), unseen], dim=1)
-        unseen[:own, :begin] = ~seen[begin:, :begin]
-        unseen[:own, self._prefix : self._prefix + own] = ~seen[begin:, begin:]
+        prefix, own = self._layout.width + self._layout.own_width, len(sees)
+        unseen = ~torch.eye(self.width, dtype=torch.bool, device=sees.device)
+        unseen = torch.cat([torch.ones(self.width, prefix, dtype=torch.bool, device=sees.device), unseen], dim=1)
+        unseen[:own, :trunk] = ~sees[:, :trunk]
+        unseen[:own, self._layout.width : self._layout.width + begin - trunk] = ~sees[:, trunk:begin]
+        unseen[:own, prefix : prefix + own] = ~sees[:, begin:]
         return unseen
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Layout:
+    """Where the tokens before each row's suffix stand: `trunks[r]` of row r's in what is shared, the rest in its own.
+
+    `width` and `own_width` are the most that any row has of either. `counts` are the rows of each trunk; None where
+    rows have none, and a recording's whole prefix is shared by the runs that continue it.
+    """
+
+    trunks: Sequence[int]
+    width: int
+    own_width: int
+    counts: tuple[int, ...] | None
+
+    @classmethod
+    def of(cls, recordings: Sequence[Recording], begins: Sequence[int]) -> "_Layout":
+        """Shares the trunks where every recording has one."""
+        behind = [r.trunk for r in recordings]
+        if any(t is None for t in behind):
+            return cls(trunks=begins, width=max(begins), own_width=0, counts=None)
+        counts = tuple(len(list(rows)) for _, rows in groupby(behind, key=id))
+        trunks = [r.offset for r in recordings]
+        own = max(b - t for b, t in zip(begins, trunks, strict=True))
+        return cls(trunks=trunks, width=max(trunks), own_width=own, counts=counts)
+
+    def shared(
+        self, recordings: Sequence[Recording], begins: Sequence[int], layer: int
+    ) -> tuple[Float[Tensor, "trunks heads width h"], Float[Tensor, "trunks heads width h"]]:
+        """The keys and values that rows share, padded."""
+        if self.counts is not None:
+            distinct = [trunk for trunk, _ in groupby((r.trunk for r in recordings), key=lambda t: t)]
+            return stacked([t for t in distinct if t is not None], layer)
+        whole = [_whole(r, layer) for r in recordings]
+        keys, values = (_padded_heads([kv[n][:, :b] for kv, b in zip(whole, begins, strict=True)]) for n in (0, 1))
+        return keys, values
+
+    def own(
+        self, recordings: Sequence[Recording], begins: Sequence[int], layer: int
+    ) -> tuple[Float[Tensor, "rows heads own h"], Float[Tensor, "rows heads own h"]] | None:
+        """Those of each row alone, padded."""
+        if not self.own_width:
+            return None
+        pieces = [(r.kv[layer], b - t) for r, b, t in zip(recordings, begins, self.trunks, strict=True)]
+        keys, values = (_padded_heads([kv[n][:, :b] for kv, b in pieces], self.own_width) for n in (0, 1))
+        return keys, values
+
+
+def _whole(recording: Recording, layer: int) -> KeysValues:
+    """A row's keys and values, its trunk's before its own."""
+    own, trunk = recording.kv[layer], recording.trunk
+    if trunk is None:
+        return own
+    before = (x[trunk.index, :, : trunk.tokens] for x in trunk.stack[layer])
+    keys, values = (torch.cat(parts, dim=1) for parts in zip(before, own, strict=True))
+    return keys, values
+
+
+def _padded_heads(
+    rows: Sequence[Float[Tensor, "heads tokens h"]], width: int = 0
+) -> Float[Tensor, "rows heads width h"]:
+    width = max(width, *(x.shape[1] for x in rows))
+    return torch.stack([nn.functional.pad(x, (0, 0, 0, width - x.shape[1])) for x in rows])
+
+
+def _up_to(lengths: Sequence[int], width: int, device: torch.device) -> Bool[Tensor, "rows width"] | None:
+    """Which entries are within each row's length; None where all are."""
+    if all(n == width for n in lengths):
+        return None
+    return torch.arange(width, device=device) < torch.tensor(lengths, device=device)[:, None]
 
 
 def logits_of(model: EditableModel, hidden: Float[Tensor, "... d"]) -> Float[Tensor, "... vocabulary"]:
@@ -417,18 +584,11 @@ def _row_of(name: str, value: Any, row: int) -> Any:
     return value if value.dim() == 1 else value[min(row, value.shape[0] - 1)]
 
 
-def _seen(mask: Float[Tensor, "1 tokens tokens"] | Bool[Tensor, "1 tokens tokens"]) -> Bool[Tensor, "tokens tokens"]:
-    """What each token sees, of a mask as models pass it to their layers: Booleans, or what is added to the scores."""
-    return mask[0] if mask.dtype == torch.bool else mask[0] > torch.finfo(mask.dtype).min / 2
-
-
 def _begin(mask: Tensor | None, start: int) -> int:
     """The last token up to `start` before which no token sees it or what follows it."""
     if mask is None or start == 0:
         return start
-    seen = _seen(mask)[:start]
-    columns = torch.arange(seen.shape[1], device=seen.device)
-    furthest = torch.where(seen, columns, -1).amax(1).cummax(0).values.tolist()
-    while start and furthest[start - 1] >= start:
+    last = furthest(seen(mask)[:start]).cummax(0).values.tolist()
+    while start and last[start - 1] >= start:
         start -= 1
     return start

@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from errata.editor.images import sha256_of
 from errata.editor.model import EditableModel, Encoded, by_length
 from errata.editor.prompts import Prompt
 from errata.editor.requests import Context
+from errata.editor.solver import eigenvectors
 from errata.editor.states import by_row
 from errata.editor.trace import Progress
 
@@ -40,6 +41,22 @@ class KeyStatistics:
     subjects: tuple[str | None, ...]
     site_share: float
     count: int
+    _eigenvectors: dict[int, tuple[Float[Tensor, " m"], Float[Tensor, "m m"]]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def eigenvectors(
+        self, layer: int, without: Collection[str] = ()
+    ) -> tuple[Float[Tensor, " m"], Float[Tensor, "m m"]]:
+        """C₀'s eigenvalues in rising order, and their vectors as columns.
+
+        Kept where no reference is to a subject of `without`: of wide layers they cost more than all else of an edit.
+        """
+        if not set(without).isdisjoint(self.subjects):
+            return eigenvectors(self.covariance(layer, without))
+        if layer not in self._eigenvectors:
+            self._eigenvectors[layer] = eigenvectors(self.covariance(layer))
+        return self._eigenvectors[layer]
 
     def covariance(self, layer: int, without: Collection[str] = ()) -> Float[Tensor, "m m"]:
         """C₀ of a layer in float64, from all references but those to the subjects `without`."""

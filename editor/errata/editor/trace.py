@@ -21,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from errata.editor.errors import CorruptionFailedError, InvalidInputError, PromptError
+from errata.editor.memory import Memory
 from errata.editor.model import EditableModel, Encoded
 from errata.editor.prompts import Constraint, Prompt
 from errata.editor.restoring import AnswerReader, Probabilities, Restoration, Restorer, window_of
@@ -82,7 +83,7 @@ class TraceSettings:
     """What is restored and how much of it at once.
 
     `window` is in layers, ≥ 1, centred on the layer it is reported under. `min_total_effect` is the least total
-    effect, a probability, for which a trace means anything. `max_rows` bounds the batch, and with it memory.
+    effect, a probability, for which a trace means anything. `max_rows` bounds the batch; memory may bound it further.
     """
 
     components: tuple[Component, ...] = (Component.MLP, Component.ATTENTION, Component.LAYER)
@@ -200,9 +201,16 @@ class CleanRun:
         max_rows: int,
         progress: Progress | None = None,
         cancelled: Callable[[], bool] | None = None,
+        memory: Memory | None = None,
     ) -> tuple[CausalTrace, ...]:
-        """One trace for each window, all in one climb of batches of `max_rows`. Raises CancelledError."""
-        restored, restored_first = self._sweep(corrupted, windows, max_rows, progress, cancelled)
+        """One trace for each window, all in one climb of batches of `max_rows`, or of what `memory` holds.
+
+        Raises CancelledError, and MemoryLimitError where not even one row fits.
+        """
+        restore = Restorer(
+            clean=self.recording, reader=self.reader, max_rows=max_rows, cancelled=cancelled, memory=memory
+        )
+        restored, restored_first = self._sweep(corrupted, windows, restore, progress)
         return tuple(
             CausalTrace(
                 question=self._prompt.text,
@@ -257,9 +265,8 @@ class CleanRun:
         self,
         corrupted: CorruptedRun,
         windows: Sequence[int],
-        max_rows: int,
+        restore: Restorer,
         progress: Progress | None,
-        cancelled: Callable[[], bool] | None,
     ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """p(whole answer) and p(first token), windows × components × layers × tokens, restored token by token.
 
@@ -274,7 +281,6 @@ class CleanRun:
             for c, component in enumerate(self.components)
             for layer in range(layers)
         }
-        restore = Restorer(clean=self.recording, reader=self.reader, max_rows=max_rows, cancelled=cancelled)
         for t in range(first, last):
             suffix = Suffix(self._model, [corrupted.recording], [t])
             with suffix, torch.no_grad():
@@ -294,16 +300,22 @@ def trace(
     *,
     progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
+    memory: Memory | None = None,
 ) -> CausalTrace:
-    """Traces one question.
+    """Traces one question. `memory` says what a batch may take; None: what the model's device has.
 
     Raises ConstraintNotFoundError, PromptError where a corrupted prompt would not align with the clean one,
-    CorruptionFailedError where the corruption leaves the answer about as likely, CancelledError.
+    CorruptionFailedError where the corruption leaves the answer about as likely, MemoryLimitError, CancelledError.
     """
     clean = CleanRun(model, request.prompt, (request.constraint,), request.answer, settings.components)
     corrupted = clean.corrupt((request.corruption,), min_total_effect=settings.min_total_effect)
     traces = clean.trace(
-        corrupted, (settings.window,), max_rows=settings.max_rows, progress=progress, cancelled=cancelled
+        corrupted,
+        (settings.window,),
+        max_rows=settings.max_rows,
+        progress=progress,
+        cancelled=cancelled,
+        memory=memory,
     )
     return traces[0]
 

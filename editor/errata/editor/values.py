@@ -8,22 +8,28 @@ descent (Basu et al. 2024, §5; Meng et al. 2022, §3.1), from the mean v₀ of 
 
 One v* is put in place of every context's own output, not one δ added to each: a model that takes one thing for
 another from picture to picture puts out something else each time, and only the same output means the same thing. p is
-of all the target's tokens, its end included, not of the first alone as in the reference. All requests of a
-batch descend together, from recorded states: only the layers from the edited one up are run, and only the tokens
-from the constraint's last on.
+of all the target's tokens, its end included, not of the first alone as in the reference.
+
+All requests of a batch descend together, from recorded states: only the layers above the edited one are run, and only
+the tokens from the constraint's last on; of the edited layer v* alone changes what joins the residual stream. Rows of
+one picture share its keys and values (`branching`).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from jaxtyping import Float, Int
-from torch import Tensor
+from jaxtyping import Float
+from torch import Tensor, nn
 
-from errata.editor.errors import CancelledError, check_numbers
-from errata.editor.model import EditableModel, Encoded, same_answer
-from errata.editor.requests import EditRequest
-from errata.editor.states import Component, Recording, Suffix, record
+from errata.editor.answering import answer_rows
+from errata.editor.branching import Trunk, forget_below, trunks_of
+from errata.editor.errors import CancelledError, InvalidInputError, check_numbers
+from errata.editor.memory import Memory
+from errata.editor.model import EditableModel, Encoded, ReadPrompt, same_answer
+from errata.editor.requests import Context, EditRequest
+from errata.editor.states import Component, Recording, Suffix, logits_of, record
 from errata.editor.trace import Progress
 
 
@@ -36,7 +42,7 @@ class ValueSettings:
     to the norm of the residual stream there if that is larger: an early MLP's own output can be tiny.
     `stop_loss` ends a request whose target loss, in nats, and whose KL, in nats, are both below it. The first
     `most_contexts` of a request are descended on; the rest only lend the edit their keys, which cost little.
-    `max_rows` bounds the rows run at once, and with it memory.
+    `max_rows` bounds the rows run at once; fewer are where memory holds no more.
     """
 
     steps: int = 150
@@ -77,6 +83,12 @@ class _Row:
     encoded: Encoded
     site: int
     preserved: bool
+    trunk: Trunk | None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens from the constraint's last to the last that predicts one."""
+        return len(self.encoded.ids) - 1 - self.site
 
 
 def optimise_values(
@@ -85,30 +97,46 @@ def optimise_values(
     layer: int,
     settings: ValueSettings = ValueSettings(),
     *,
+    memory: Memory | None = None,
     progress: Progress | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> list[Value]:
     """The δ of every request at `layer`, optimised together. The model is left as it was.
 
-    A request that does not reach `stop_loss` within `steps` is returned with `converged` False.
+    A request that does not reach `stop_loss` within `steps` is returned with `converged` False. `memory` says what
+    rows may take; None: what the model's device has. Raises MemoryLimitError where one row takes more.
     """
-    rows = _rows(model, requests, settings.most_contexts)
+    memory = memory or Memory.of(model.device)
+    rows = _rows(model, requests, settings.most_contexts, memory)
     recordings = record(
         model,
         [r.encoded.replaced(r.encoded.ids[:-1]) for r in rows],
         [r.site for r in rows],
-        components=(Component.MLP,),
+        components=(Component.MLP, Component.LAYER),
+        trunks=[r.trunk for r in rows],
+        lowest=layer + 1,
+        memory=memory,
     )
+    forget_below([r.trunk for r in rows], layer + 1)
     start, scales = _start(rows, recordings, layer, len(requests))
     descent = _Descent(start, scales, settings)
-    batches = _batches(model, rows, recordings, layer, settings.max_rows)
+    most = memory.rows(settings.max_rows, _graph_bytes(model, rows, layer))
+    batches = _batches(model, rows, recordings, layer, most)
     counts = _counts(rows, len(requests)).to(model.device)
     for step in range(settings.steps + 1):
         if cancelled and cancelled():
             raise CancelledError("the value optimisation was cancelled; nothing was changed")
-        values = descent.values.requires_grad_()
-        target, kl = _losses(batches, values, counts, settings.kl_weight, descend=step < settings.steps)
-        newly_done = descent.observe(target, kl)
+        values, means = descent.values.requires_grad_(), torch.zeros_like(counts)
+        run = partial(
+            _RowBatch.add_losses,
+            values=values,
+            counts=counts,
+            means=means,
+            kl_weight=settings.kl_weight,
+            descend=step < settings.steps,
+        )
+        batches = [fitting for batch in batches for fitting, _ in memory.fit(run, batch, _RowBatch.halves)]
+        newly_done = descent.observe(*means.cpu())
         if progress:
             progress(step, settings.steps)
         if values.grad is None or bool(descent.done.all()):
@@ -117,6 +145,19 @@ def optimise_values(
         if newly_done:  # their rows are no longer run
             batches = [b for b in (b.without(descent.done) for b in batches) if len(b)]
     return descent.found()
+
+
+def _graph_bytes(model: EditableModel, rows: Sequence[_Row], layer: int) -> int:
+    """About what the graph of the longest row keeps: of each token and layer states, the MLP's inner ones, attention's.
+
+    Three times its weights, since scores and their softmax are kept in float32.
+    """
+    config = model.model.config.get_text_config()
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    longest = max(len(r.encoded.ids) for r in rows)
+    a_token = 16 * config.hidden_size + 5 * inner + 3 * config.num_attention_heads * longest
+    answer = max(len(r.encoded.answer) for r in rows) * 3 * config.vocab_size
+    return 4 * int(max(r.tokens for r in rows) * (len(model.layers) - layer - 1) * a_token + answer)
 
 
 class _Descent:
@@ -176,20 +217,70 @@ class _Descent:
         ]
 
 
-def _rows(model: EditableModel, requests: Sequence[EditRequest], most_contexts: int) -> list[_Row]:
-    rows = []
-    for i, request in enumerate(requests):
-        for j, context in enumerate(request.contexts[:most_contexts]):
-            field = f"requests[{i}].contexts[{j}]"
-            encoded, site = model.encode_at(context, context.answer or request.target, field=field)
-            rows.append(_Row(request=i, encoded=encoded, site=site, preserved=False))
-    kept = [(i, j, c) for i, r in enumerate(requests) for j, c in enumerate(r.preserve)]
-    answers = model.generate([c.prompt for _, _, c in kept])
-    for (i, j, context), answer in zip(kept, answers, strict=True):
-        if answer.text and (context.answer is None or same_answer(answer.text, context.answer)):
-            encoded, site = model.encode_at(context, answer.text, field=f"requests[{i}].preserve[{j}]")
-            rows.append(_Row(request=i, encoded=encoded, site=site, preserved=True))
-    return rows
+def _rows(model: EditableModel, requests: Sequence[EditRequest], most_contexts: int, memory: Memory) -> list[_Row]:
+    """Every context with the target behind it, and every prompt to preserve with what the model answers."""
+    asked = [
+        _Asked.read(model, i, context, f"requests[{i}].contexts[{j}]")
+        for i, request in enumerate(requests)
+        for j, context in enumerate(request.contexts[:most_contexts])
+    ]
+    kept = [
+        _Asked.read(model, i, context, f"requests[{i}].preserve[{j}]")
+        for i, request in enumerate(requests)
+        for j, context in enumerate(request.preserve)
+    ]
+    targets = [a.answered(a.context.answer or requests[a.request].target) for a in asked]
+    # What is right is what the model is hoped to say.
+    rows = [*targets, *(k.drafted() for k in kept)]
+    sites = [a.site for a in (*asked, *kept)]
+    trunks = trunks_of(model, rows, sites, memory=memory)
+    found = [a.row(encoded, trunk) for a, encoded, trunk in zip(asked, rows, trunks, strict=False)]
+    of_kept = trunks[len(asked) :]
+    answers = answer_rows(model, rows[len(asked) :], trunks=of_kept, memory=memory)
+    for k, told, trunk in zip(kept, answers, of_kept, strict=True):
+        answer = told.answer.text
+        if answer and (k.context.answer is None or same_answer(answer, k.context.answer)):
+            found.append(k.row(k.answered(answer), trunk, preserved=True))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A context of a request, read; errors name `field`'s part."""
+
+    request: int
+    context: Context
+    prompt: ReadPrompt
+    site: int
+    field: str
+
+    @classmethod
+    def read(cls, model: EditableModel, request: int, context: Context, field: str) -> "_Asked":
+        """With its constraint's last token."""
+        try:
+            prompt = model.read(context.prompt)
+            site = prompt.row.positions(*context.constraint.span(context.prompt.text))[-1]
+        except InvalidInputError as error:
+            raise error.within(field) from None
+        return cls(request, context, prompt, site, field)
+
+    def answered(self, answer: str) -> Encoded:
+        """The prompt with an answer behind it."""
+        try:
+            return self.prompt.answered(answer)
+        except InvalidInputError as error:
+            raise error.within(self.field) from None
+
+    def drafted(self) -> Encoded:
+        """The prompt with the answer that is right, where that is known and can be written."""
+        try:
+            return self.prompt.answered(self.context.answer) if self.context.answer else self.prompt.row
+        except InvalidInputError:
+            return self.prompt.row
+
+    def row(self, encoded: Encoded, trunk: Trunk | None, *, preserved: bool = False) -> _Row:
+        """The row that is descended on."""
+        return _Row(request=self.request, encoded=encoded, site=self.site, preserved=preserved, trunk=trunk)
 
 
 def _start(
@@ -214,76 +305,111 @@ def _batches(
     model: EditableModel, rows: Sequence[_Row], recordings: Sequence[Recording], layer: int, limit: int
 ) -> list["_RowBatch"]:
     """Rows of about the same length together, so that little is padded."""
-    order = sorted(range(len(rows)), key=lambda i: recordings[i].length - rows[i].site)
-    parts = [order[i : i + limit] for i in range(0, len(order), limit)]
-    return [_RowBatch(model, [rows[i] for i in part], [recordings[i] for i in part], layer) for part in parts]
+    order = sorted(range(len(rows)), key=lambda i: rows[i].tokens)
+    parts: list[list[int]] = []
+    for i in order:
+        shortest = rows[parts[-1][0]].tokens if parts else 0
+        if parts and len(parts[-1]) < limit and (len(parts[-1]) < _FEW or rows[i].tokens <= _LONGER * shortest):
+            parts[-1].append(i)
+        else:
+            parts.append([i])
+    return [_RowBatch(model, [(rows[i], recordings[i]) for i in part], layer) for part in parts]
+
+
+_FEW, _LONGER = 8, 1.5
+"""Rows below which a batch takes any length, and how much longer than its shortest a row of a larger one may be."""
 
 
 class _RowBatch:
     """Rows that are run together, with what their answers were before any edit."""
 
-    def __init__(self, model: EditableModel, rows: Sequence[_Row], recordings: Sequence[Recording], layer: int) -> None:
+    def __init__(self, model: EditableModel, rows: Sequence[tuple[_Row, Recording]], layer: int) -> None:
         self._model, self._layer = model, layer
-        self._rows, self._recordings = rows, recordings
+        # Those of one trunk after another.
+        self._rows = sorted(rows, key=lambda row: (id(t.stack), t.index) if (t := row[0].trunk) else (0, 0))
         if not rows:
             return
-        self._suffix = Suffix(model, recordings, [r.site for r in rows])
-        self._sites = torch.tensor(self._suffix.offsets, device=model.device)
-        self.request = torch.tensor([r.request for r in rows], device=model.device)
-        self.preserved = torch.tensor([r.preserved for r in rows], device=model.device)
-        self._answer, self._at = self._answers(rows)
+        recordings = [recording for _, recording in self._rows]
+        self._suffix = Suffix(model, recordings, [row.site for row, _ in self._rows])
+        self.request = torch.tensor([row.request for row, _ in self._rows], device=model.device)
+        self.preserved = torch.tensor([row.preserved for row, _ in self._rows], device=model.device)
+        self._entries()
+        self._norm: nn.Module = nn.Identity()
+        if model.family.normed_mlp(model.model):
+            self._norm = model.layers[layer].get_submodule(str(model.family.mlp_norm))
+        sites = torch.tensor(self._suffix.offsets, device=model.device)
+        self._sites = torch.arange(len(recordings), device=model.device), sites
         with torch.no_grad():
-            self._before = self._log_probabilities(None)
+            self._others = self._suffix.outputs(layer)
+            own = torch.stack([r.outputs[Component.MLP][layer, 0] for r in recordings])
+            self._joined = self._others[self._sites] - self._norm(own)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def without(self, done: Tensor) -> "_RowBatch":
         """The batch without the rows of the requests that are done; itself where that leaves out nothing."""
-        kept = [i for i, row in enumerate(self._rows) if not done[row.request]]
-        if len(kept) == len(self._rows):
-            return self
-        return _RowBatch(self._model, [self._rows[i] for i in kept], [self._recordings[i] for i in kept], self._layer)
+        kept = [row for row in self._rows if not done[row[0].request]]
+        return self if len(kept) == len(self._rows) else _RowBatch(self._model, kept, self._layer)
+
+    def halves(self) -> list["_RowBatch"]:
+        """The same rows in two batches, or in one where it is one row."""
+        half = len(self._rows) // 2
+        parts = [part for part in (self._rows[:half], self._rows[half:]) if part]
+        return [_RowBatch(self._model, part, self._layer) for part in parts]
+
+    def add_losses(
+        self,
+        *,
+        values: Float[Tensor, "requests d"],
+        counts: Float[Tensor, "2 requests"],
+        means: Float[Tensor, "2 requests"],
+        kl_weight: float,
+        descend: bool,
+    ) -> None:
+        """Adds these rows' part of each request's mean target loss and mean KL to `means`.
+
+        And, to `descend`, their gradient to `values.grad`: one batch's graph is held at a time.
+        """
+        kind = self.preserved.long()
+        with torch.set_grad_enabled(descend):
+            shares = self.losses(values) / counts[kind, self.request]
+        if descend:
+            torch.where(self.preserved, kl_weight * shares, shares).sum().backward()
+        means.index_put_((kind, self.request), shares.detach(), accumulate=True)
 
     def losses(self, values: Float[Tensor, "requests d"]) -> Float[Tensor, " rows"]:
         """−log p(target) of each context, KL(before ‖ after) of each preserved prompt, both summed over the answer."""
-        after = self._log_probabilities(values[self.request])
-        scored = self._answer >= 0
-        chosen = after.gather(-1, self._answer.clamp(min=0).unsqueeze(-1)).squeeze(-1)
-        target = -(chosen * scored).sum(-1)
-        divergence = ((self._before.exp() * (self._before - after)).sum(-1) * scored).sum(-1)
-        return torch.where(self.preserved, divergence, target)
-
-    def _log_probabilities(self, values: Tensor | None) -> Float[Tensor, "rows answer vocabulary"]:
-        hidden = self._suffix.inputs(self._layer)
+        dtype = self._others.dtype
+        put = self._joined + self._norm(values[self.request].to(dtype))
+        hidden = self._others.index_put(self._sites, put.to(dtype))
         with self._suffix as suffix:
-            for layer in range(self._layer, len(self._model.layers)):
-                puts = {}
-                if values is not None and layer == self._layer:
-                    puts = {Component.MLP: _putting(values, self._sites)}
-                hidden = suffix.run(layer, hidden, puts)
-            rows = torch.arange(len(hidden), device=hidden.device)[:, None]
-            return suffix.logits(hidden[rows, self._at]).log_softmax(-1)
+            for layer in range(self._layer + 1, len(self._model.layers)):
+                hidden = suffix.run(layer, hidden)
+        after = logits_of(self._model, hidden[self._row, self._at]).log_softmax(-1)
+        chosen = -after.gather(-1, self._token[:, None]).squeeze(-1)
+        divergence = (self._before.exp() * (self._before - after[self._kept])).sum(-1)
+        each = chosen.index_put((self._kept,), divergence)
+        return torch.zeros(len(self._rows), device=each.device).index_add(0, self._row, each)
 
-    def _answers(self, rows: Sequence[_Row]) -> tuple[Int[Tensor, "rows answer"], Int[Tensor, "rows answer"]]:
-        """The answers' ids, −1 where a row has no more, and the suffix positions that predict them."""
-        longest = max(len(r.encoded.answer) for r in rows)
-        ids = torch.full((len(rows), longest), -1)
-        at = torch.zeros(len(rows), longest, dtype=torch.long)
-        for i, row in enumerate(rows):
-            n = len(row.encoded.answer)
-            ids[i, :n] = row.encoded.answer
-            at[i, :n] = torch.arange(n) + row.encoded.prompt_length - 1 - self._suffix.begins[i]
-        return ids.to(self._model.device), at.to(self._model.device)
+    def _entries(self) -> None:
+        """For each token of the answers its row, its id and the suffix position that predicts it.
 
-
-def _putting(values: Float[Tensor, "rows d"], sites: Int[Tensor, " rows"]) -> Callable[[Tensor], Tensor]:
-    """Makes each row's v* the MLP's output at the row's site, where its constraint ends."""
-
-    def change(output: Tensor) -> Tensor:
-        return output.index_put((torch.arange(len(sites), device=sites.device), sites), values.to(output.dtype))
-
-    return change
+        `_kept` are the entries of preserved answers, `_before` what the model said there.
+        """
+        entries, before = [], []
+        for n, ((row, recording), begin) in enumerate(zip(self._rows, self._suffix.begins, strict=True)):
+            first, answer = row.encoded.prompt_length - 1, row.encoded.answer.tolist()
+            entries += [(n, first - begin + i, token, row.preserved) for i, token in enumerate(answer)]
+            if row.preserved:
+                at = first - recording.start
+                before.append(recording.outputs[Component.LAYER][-1, at : at + len(answer)])
+        device = self._model.device
+        self._row, self._at, self._token, kept = torch.tensor(entries, device=device).T
+        self._kept = kept.nonzero().squeeze(-1)
+        with torch.no_grad():
+            states = torch.cat(before) if before else self._rows[0][1].outputs[Component.LAYER][-1, :0]
+            self._before = logits_of(self._model, states).log_softmax(-1)
 
 
 def _counts(rows: Sequence[_Row], n: int) -> Float[Tensor, "2 requests"]:
@@ -292,27 +418,3 @@ def _counts(rows: Sequence[_Row], n: int) -> Float[Tensor, "2 requests"]:
     for row in rows:
         counts[int(row.preserved), row.request] += 1
     return counts.clamp(min=1)
-
-
-def _losses(
-    batches: Sequence[_RowBatch],
-    values: Float[Tensor, "requests d"],
-    counts: Float[Tensor, "2 requests"],
-    kl_weight: float,
-    *,
-    descend: bool,
-) -> tuple[Float[Tensor, " requests"], Float[Tensor, " requests"]]:
-    """Mean target loss and mean KL of each request, and, to `descend`, their gradient into `values.grad`.
-
-    Batch by batch, so that only one batch's graph is held at a time.
-    """
-    means = torch.zeros_like(counts)
-    for batch in batches:
-        with torch.set_grad_enabled(descend):
-            kind = batch.preserved.long()
-            shares = batch.losses(values) / counts[kind, batch.request]
-        if descend:
-            torch.where(batch.preserved, kl_weight * shares, shares).sum().backward()
-        means.index_put_((kind, batch.request), shares.detach(), accumulate=True)
-    target, kl = means.cpu()
-    return target, kl

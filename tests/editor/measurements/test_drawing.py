@@ -111,6 +111,31 @@ def test_twelve_lines_differ_in_more_than_colour_and_all_stand_in_the_legend() -
     assert [text.get_text() for text in legend.get_texts()] == names
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("single visual", "multi visual", "multi textual", "all, at visual", "all, at textual", "all, together"),
+        ("a", "b", "c", "d", "e", "image → a long constraint"),
+        tuple(f"window of {i} layers" for i in range(7)),
+        ("one",),
+    ],
+)
+def test_a_legend_lies_in_the_figure_and_leaves_the_plot_its_width(names: tuple[str, ...]) -> None:
+    figure = draw(line_plot(*(line(name, [0.1, 0.2]) for name in names), n=2))
+    legend = figure.axes[0].get_legend()
+    assert legend is not None
+    box = legend.get_window_extent()
+    assert figure.bbox.x0 <= box.x0
+    assert box.x1 <= figure.bbox.x1
+    assert figure.axes[0].get_window_extent().width > 0.75 * figure.bbox.width
+
+
+def test_a_sample_count_is_not_folded() -> None:
+    caption = "Norms in the residual stream, summed over heads and tokens; mean, n = 4 questions; and more"
+    told = words(draw(line_plot(line("a", [0.1, 0.2]), n=2, caption=caption)))
+    assert "n\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}4" in told
+
+
 def test_heat_maps_are_the_grids_on_one_scale() -> None:
     grids = [np.random.default_rng(seed).uniform(0, 0.4 + seed, (3, 5)) for seed in range(4)]
     panels = [a for a in draw(heat_map(*grids)).axes if a.get_title()]
@@ -233,6 +258,19 @@ def test_a_page_shows_numbers_figures_tables_and_what_was_left_out() -> None:
              "1 question left out", "bars: 95 % interval", "hatched: no value")  # fmt: skip
     assert [each for each in shown if each not in text] == []
     assert text.count("data:image/png;base64,") == 4
+
+
+def test_a_page_of_one_measurement_says_its_title_once_and_of_several_each_where_it_stands() -> None:
+    one = findings(title="Knockout")
+    assert page([one], title="Knockout").count("<h1>Knockout</h1>") == 1
+    assert "<h2>" not in page([one], title="Knockout")
+    assert page([one, one], title="Both").count("<h2>Knockout</h2>") == 2
+
+
+def test_a_page_counts_what_a_sweep_edits_as_requests_and_writes_large_numbers_out() -> None:
+    rank = Number(name="rank", value=1298.4, unit="rank", n=1)
+    text = page([findings(kind="sweep", n=3, numbers=(rank,), skipped=("requests[0]: known",))])
+    assert [each for each in ("3 requests", "1 request left out", "1,298<") if each not in text] == []
 
 
 @pytest.mark.parametrize("plot", EVERY_KIND)

@@ -3,11 +3,30 @@
 import os
 from pathlib import Path
 
+from ray.exceptions import OutOfMemoryError
+
 from errata.editor.errors import InvalidInputError
+
+
+class Unsendable:
+    """An answer on whose way the worker is ended for its memory."""
+
+    def __reduce__(self) -> str:
+        raise OutOfMemoryError("the node is running out of memory")
 
 
 def nothing() -> None:
     return None
+
+
+def opens_twice(marks: Path) -> None:
+    """Opens for two workers, and for none after them."""
+    for n in range(2):
+        try:
+            return (marks / f"opened {n}").touch(exist_ok=False)
+        except FileExistsError:
+            continue
+    raise InvalidInputError("there is no third", field="marks")
 
 
 def refuses() -> None:
@@ -23,10 +42,16 @@ def once_deadly(_held: None, marks: Path) -> int:
     return os.getpid()
 
 
-def as_told(_held: None, told: str) -> str:
-    """Answers, refuses, or kills its worker."""
+def as_told(_held: None, told: str) -> object:
+    """Answers, refuses, fails, or kills its worker."""
     if told == "die":
         os._exit(1)
+    if told == "grow":
+        return Unsendable()
+    if told == "fail":
+        raise RuntimeError("CUDA error: an illegal access")
+    if told == "look":
+        return os.environ["CUDA_VISIBLE_DEVICES"]
     if told == "refuse":
         raise InvalidInputError("no", field="told")
     return told

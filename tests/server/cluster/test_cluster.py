@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
+from math import nan
 from pathlib import Path
 from typing import NoReturn
 
@@ -17,7 +18,7 @@ import torch
 import yaml
 from google.rpc import error_details_pb2, status_pb2
 from hosting import BASE, SECONDS, Hosted, Stubs, generate_message, hosting, question, refused
-from ray.exceptions import ActorDiedError
+from ray.exceptions import ActorDiedError, AuthenticationError, OutOfMemoryError
 from ray.serve import Application
 from ray.serve.schema import ServeDeploySchema
 from typer.testing import CliRunner
@@ -33,14 +34,14 @@ from errata.editor.model import EditableModel
 from errata.editor.prompts import Constraint
 from errata.editor.states import Component
 from errata.editor.trace import CausalTrace, TraceSettings, trace
-from errata.server.cluster.connection import ClusterSettings, connected
-from errata.server.cluster.errors import ClusterError, Fault, WorkerLostError
+from errata.server.cluster.connection import ClusterSettings, _refused, connected
+from errata.server.cluster.errors import ClusterError, Fault, WorkerLostError, WorkFailedError
 from errata.server.cluster.front import REPLICA_KEY, Front
 from errata.server.cluster.replica import Replica
 from errata.server.cluster.serving import NAME, SERVICERS, ReplicaSettings, application, bound, serving
 from errata.server.cluster.sharding import ModelSource, sharded_evaluation, sharded_traces
 from errata.server.cluster.studies import on_cluster
-from errata.server.cluster.workers import Workers, WorkerSettings
+from errata.server.cluster.workers import LOST, Worker, Workers, WorkerSettings
 from errata.server.errors import LedgerUnavailableError
 from errata.server.settings import Settings, SettingsError
 from errata.server.studies.command import studies
@@ -82,8 +83,37 @@ def test_a_cluster_that_is_not_there_is_said_to_be_missing() -> None:
         pass
 
 
+def test_a_cluster_that_refuses_or_cannot_be_reached_this_way_says_what_to_give() -> None:
+    assert "RAY_AUTH_TOKEN" in str(_refused("auto", AuthenticationError("no token")))
+    with pytest.raises(ClusterError, match="with auto or HOST:PORT"), connected(ClusterSettings(address="ray://a:1")):
+        pass
+
+
+def test_what_nobody_foresaw_is_handed_back_and_its_worker_lives_on(caplog: pytest.LogCaptureFixture) -> None:
+    worker = Worker(deeds.nothing)
+    fault = worker.work(deeds.as_told, 7, "fail")
+    assert isinstance(fault, Fault)
+    assert isinstance(fault.error, WorkFailedError)
+    assert str(fault.error) == "shard 7: RuntimeError: CUDA error: an illegal access; the worker's log has the rest"
+    assert "Traceback" in caplog.text
+    assert worker.work(deeds.as_told, 8, "a") == "a"
+
+
+def test_shards_of_an_evaluation_have_probes() -> None:
+    none = Workers(deeds.nothing, TWO)
+    with pytest.raises(InvalidInputError, match="give at least 1") as caught:
+        sharded_evaluation(none, [], Delta(base_sha256="", layers={}, modules={}), probes_per_shard=-1)  # type: ignore[arg-type]
+    assert caught.value.field == "probes_per_shard"
+
+
+def test_workers_load_a_model_as_it_is_said_to_be_quantised() -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        ModelSource(quantization="of our own")()  # type: ignore[arg-type]
+    assert caught.value.field == "quantization"
+
+
 def test_workers_need_something_to_work_with() -> None:
-    for given in ({"workers": 0}, {"workers": 1, "cpus": 0}, {"workers": 1, "gpus": -0.5}):
+    for given in ({"workers": 0}, {"workers": 1, "cpus": 0}, {"workers": 1, "gpus": -0.5}, {"workers": 1, "gpus": nan}):
         with pytest.raises(InvalidInputError, match="give at least"):
             WorkerSettings(**given)  # type: ignore[arg-type]
 
@@ -91,6 +121,8 @@ def test_workers_need_something_to_work_with() -> None:
 def test_replicas_need_leave_to_listen_everywhere_and_the_servers_folder(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="insecure_ok = true"):
         bound(Settings(data_dir=tmp_path), ReplicaSettings())
+    with pytest.raises(SettingsError, match="data_dir is 'errata-data'; give its full path"):
+        bound(Settings(insecure_ok=True), ReplicaSettings())
     with pytest.raises(ClusterError, match="give all nodes the server's data_dir"):
         Replica(Settings(data_dir=tmp_path / "gone"))
 
@@ -102,13 +134,16 @@ def test_the_example_is_a_configuration_that_serve_takes_and_builds_the_applicat
     [entry] = deployed.applications
     assert (entry.import_path, entry.name) == (f"{application.__module__}:{application.__name__}", NAME)
     settings = tmp_path / "errata.toml"
-    settings.write_text("insecure_ok = true")
+    settings.write_text(f'insecure_ok = true\ndata_dir = "{tmp_path}"')
     built = application(ReplicaSettings.model_validate({**entry.args, "config": settings}))
     assert isinstance(built, Application)
 
 
 class Gone:
-    """A handle to replicas, each of which dies of its call."""
+    """A handle to replicas, each of which ends its call with an error."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
 
     @property
     def call(self) -> "Gone":
@@ -123,13 +158,13 @@ class Gone:
         return self
 
     def __await__(self) -> NoReturn:
-        raise ActorDiedError
+        raise self.error
 
     def __aiter__(self) -> "Gone":
         return self
 
     async def __anext__(self) -> NoReturn:
-        raise ActorDiedError
+        raise self.error
 
 
 class Call:
@@ -151,22 +186,46 @@ class Call:
         self.trailing = trailing
 
 
-def test_a_call_whose_replica_died_is_to_be_repeated() -> None:
-    front = Front.func_or_class(Gone())
+def ends(error: Exception, most: int = 10**6) -> list[tuple[Call, str]]:
+    """How calls of each method end whose replica fails so, with their reasons."""
+    front = Front.func_or_class(Gone(error), most)
     request = generate_message()
 
     async def streamed(call: Call) -> None:
         sent = inference_pb2.StreamGenerateRequest(request=request)
         assert [each async for each in front.StreamGenerate(sent, call)] == [inference_pb2.StreamGenerateResponse()]
 
-    for ask in (partial(front.Generate, request), partial(front.Score, inference_pb2.ScoreRequest()), streamed):
+    score = inference_pb2.ScoreRequest(version=BASE)
+    told = []
+    for ask in (partial(front.Generate, request), partial(front.Score, score), streamed):
         call = Call()
         asyncio.run(ask(call))
         status = status_pb2.Status.FromString(dict(call.trailing)["grpc-status-details-bin"])
         info = error_details_pb2.ErrorInfo()
         assert any(detail.Unpack(info) for detail in status.details)
-        assert (call.code, info.reason) == (grpc.StatusCode.UNAVAILABLE, "REPLICA_LOST")
+        told.append((call, info.reason))
+    return told
+
+
+@pytest.mark.parametrize("error", [ActorDiedError(), OutOfMemoryError("the node is full")])
+def test_a_call_whose_replica_died_is_to_be_repeated(error: Exception) -> None:
+    assert isinstance(error, LOST)
+    for call, reason in ends(error):
+        assert (call.code, reason) == (grpc.StatusCode.UNAVAILABLE, "REPLICA_LOST")
         assert dict(call.trailing)["grpc-retry-pushback-ms"] == "1000"
+
+
+def test_what_nobody_foresaw_goes_to_the_log_and_not_to_the_caller(caplog: pytest.LogCaptureFixture) -> None:
+    for call, reason in ends(RuntimeError("the secret")):
+        assert (call.code, reason) == (grpc.StatusCode.INTERNAL, "INTERNAL")
+        assert "failed inside the server" in str(call.details)
+        assert "the secret" not in str([call.details, *call.trailing])
+    assert caplog.text.count("RuntimeError: the secret") == 3
+
+
+def test_a_request_that_is_too_large_is_carried_to_no_replica() -> None:
+    for call, reason in ends(RuntimeError("carried"), most=3):
+        assert (call.code, reason) == (grpc.StatusCode.INVALID_ARGUMENT, "MESSAGE_TOO_LARGE")
 
 
 @pytest.mark.slow
@@ -206,14 +265,36 @@ def test_a_shard_whose_worker_died_is_done_by_another_and_one_that_kills_twice_e
         done = {each.shard: each.outcome for each in workers.map(deeds.once_deadly, [tmp_path] * 3)}
         assert workers.retried == len(told) == 1
         assert "its worker died" in told[0]
-        ended = {each.shard: each.outcome for each in workers.map(deeds.as_told, ["a", "die", "refuse", "b"])}
-        assert (workers.retried, len(told), len(workers)) == (2, 2, 2)
+        asked = ["a", "die", "refuse", "b", "grow", "fail", "look"]
+        ended = {each.shard: each.outcome for each in workers.map(deeds.as_told, asked)}
+        assert (workers.retried, len(told), len(workers)) == (3, 3, 2)
     assert sorted(done) == [0, 1, 2]
     assert all(isinstance(pid, int) for pid in done.values())
     assert (ended[0], ended[3]) == ("a", "b")
     assert isinstance(ended[1], WorkerLostError)
+    assert isinstance(ended[4], WorkerLostError)
+    assert "running out of memory" in str(ended[4])
+    assert isinstance(ended[5], WorkFailedError)
+    assert "shard 5: RuntimeError: CUDA error" in str(ended[5])
+    assert ended[6] == ""  # no GPU is seen by workers without a share of one
     assert isinstance(ended[2], InvalidInputError)
     assert ended[2].field == "told"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_a_replacement_that_cannot_open_what_it_needs_takes_no_shards_and_the_last_one_says_why(tmp_path: Path) -> None:
+    told: list[str] = []
+    with Workers(partial(deeds.opens_twice, tmp_path), TWO, told=told.append) as workers:
+        ended = {each.shard: each.outcome for each in workers.map(deeds.once_deadly, [tmp_path] * 9)}
+        assert len(ended) == 9
+        assert all(isinstance(pid, int) for pid in ended.values())
+        # What was asked may be answered before the replacement is known to be of no use.
+        with pytest.raises(InvalidInputError, match="there is no third"):
+            list(workers.map(deeds.as_told, ["die"] * 2))
+        assert any("could not be replaced" in line for line in told)
+        with pytest.raises(WorkerLostError, match="all workers are gone"):
+            list(workers.map(deeds.as_told, ["a"]))
 
 
 @pytest.mark.slow

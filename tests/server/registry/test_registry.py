@@ -99,7 +99,8 @@ def test_the_model_holds_code_and_adapter_and_no_pickle(house: House) -> None:
     assert {Path(f).suffix for f in files} <= {"", ".py", ".txt", ".yaml", ".json", ".safetensors", ".md"}
     loaded = mlflow.models.Model.load(str(folder))
     config = loaded.flavors["python_function"]["config"]
-    assert config == {"source": "somewhere", "base_sha256": MODEL.base_sha256, "dtype": "float32"}
+    expected = {"source": "somewhere", "base_sha256": MODEL.base_sha256, "dtype": "float32", "quantization": "none"}
+    assert config == expected
     assert loaded.signature.inputs.input_names() == ["prompt", "image"]
     assert not any("pickle" in r for r in (folder / "requirements.txt").read_text().splitlines())
     assert f"mlflow=={mlflow.__version__}" in (folder / "requirements.txt").read_text().splitlines()

@@ -10,10 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from desk import ENTRY, FLOWS, LENS, Desk
+from desk import ENTRY, FLOWS, LENS, Desk, planned
 from typer.testing import CliRunner
 
+from errata.client.cli import main
 from errata.server.studies.command import studies
+from errata.server.studies.plan import UnreadableError
 
 _SECONDS = 120
 
@@ -83,6 +85,45 @@ def test_as_json_faults_and_plans_are_one_document_each(desk: Desk) -> None:
     error = json.loads(refused.stdout)["error"]
     assert error["reason"] == "INVALID_STUDY"
     assert error["message"] in refused.stderr
+
+
+def test_a_study_that_cannot_be_run_as_it_is_asked_for_leaves_no_folder(desk: Desk) -> None:
+    out = desk.root / "new"
+    asked = ["run", str(desk.file), "--out", str(out), "--json"]
+    refused = CliRunner().invoke(studies, [*asked, "--gpus", "1"])
+    assert refused.exit_code == 1
+    assert "--gpus is for --cluster" in json.loads(refused.stdout)["error"]["message"]
+    desk.write({**ENTRY, "measurement": {}})
+    assert CliRunner().invoke(studies, asked).exit_code == 1
+    assert not out.exists()
+
+
+def test_cells_know_their_folder_from_everywhere(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = [cell for cell, _ in planned(desk.file, desk.out)]
+    monkeypatch.chdir(desk.root)
+    here = [cell for cell, _ in planned(Path(desk.file.name), desk.out)]
+    assert [cell.folder for cell in here] == [desk.root] * 2
+    assert [cell.id for cell in here] == [cell.id for cell in before]
+
+
+def test_a_models_folder_that_is_missing_is_the_studys_fault(desk: Desk) -> None:
+    desk.write(ENTRY, models={"one": {"source": str(desk.root / "gone")}})
+    with pytest.raises(UnreadableError, match=r"models\.one: "):
+        planned(desk.file, desk.out)
+
+
+@pytest.mark.slow
+def test_the_clients_command_ends_with_one_where_cells_failed_and_two_where_nothing_was_run(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    desk.write(ENTRY, measurements={"windows": {"kind": "windows"}})  # its questions say nothing that corrupts them
+    asked = ["study", "run", str(desk.file), "--out", str(desk.out)]
+    assert main(asked) == 1
+    assert list(desk.finished().values()) == [False]
+    assert main([*asked, "--gpus", "1"]) == 2
+    desk.write({**ENTRY, "measurement": {}})
+    assert main(asked) == 2
 
 
 @pytest.mark.slow

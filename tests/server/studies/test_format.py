@@ -100,6 +100,23 @@ def test_models_and_data_that_cannot_be_read_are_told_together(desk: Desk) -> No
     assert data.startswith("data.flags: questions.jsonl:1: it is no JSON")
 
 
+@pytest.mark.parametrize(
+    ("models", "data", "message"),
+    [
+        ("5", "{f: {path: flags}}", "models: "),
+        ("atlas", "{f: {path: flags}}", "models: "),
+        ("{m: {source: model}}", "{3: {path: flags}, f: {pth: flags}}", "data.f.pth: "),
+    ],
+)
+def test_parts_that_are_no_entries_are_told_and_no_names_are_looked_for_in_them(
+    desk: Desk, models: str, data: str, message: str
+) -> None:
+    text = f"study: a\nmodels: {models}\ndata: {data}\nmeasurements: {{l: {{kind: lens, models: [las], data: [g]}}}}\n"
+    told = "\n".join(refused(desk, text))
+    assert message in told
+    assert "known: a, " not in told
+
+
 @pytest.mark.parametrize("below", ["[{}]", "{{<<: [{}]}}"])
 def test_a_file_of_a_few_lines_that_stands_for_billions_is_refused_at_once(desk: Desk, below: str) -> None:
     lines = ["a0: &a0 {x0: 0}"]

@@ -61,7 +61,7 @@ def _figure(value: float | None) -> str:
     """To three digits, without a power of ten where there are more."""
     if value is None:
         return ""
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.3g}"
+    return f"{value:,.0f}" if 999.5 <= abs(value) < 1e9 else f"{value:.3g}"
 
 
 def _table(output: Output, table: FindingsTable) -> Iterator[RenderableType]:

@@ -131,7 +131,7 @@ def _number(value: float) -> str:
     """To three digits, with a real minus; all digits before the point where there are more."""
     if not math.isfinite(value):
         return MISSING if math.isnan(value) else f"{value:+.0f}".replace("inf", "∞").replace("-", "−")
-    return (f"{value:,.0f}" if 1000 <= abs(value) < 1e9 else f"{value:.3g}").replace("-", "−")
+    return (f"{value:,.0f}" if 999.5 <= abs(value) < 1e9 else f"{value:.3g}").replace("-", "−")
 
 
 def _interval(number: Number) -> str:

@@ -197,7 +197,7 @@ def _sound(given: object, wrong: Sequence[Place]) -> Study | None:
 def _faults(study: Study, given: object) -> Iterator[tuple[Place, str]]:
     """What is wrong between entries. `given` is the file's data, whose names may be of entries that are wrong."""
     assert isinstance(given, dict)
-    named = {field: given.get(field) or getattr(study, field) for field in ("models", "data")}
+    named = {field: _names(given.get(field), getattr(study, field)) for field in ("models", "data")}
     for name, data in study.data.items():
         for i, other in enumerate(data.join):
             if other not in named["data"]:
@@ -206,6 +206,10 @@ def _faults(study: Study, given: object) -> Iterator[tuple[Place, str]]:
                 yield ("data", name, "join", i), f"{other!r} joins others itself; name those"
     for name, entry in study.measurements.items():
         yield from ((("measurements", name, *place), message) for place, message in _entry_faults(entry, named))
+
+
+def _names(given: object, sound: Mapping[str, object]) -> list[str]:
+    return [str(name) for name in (given if isinstance(given, dict) else sound)]
 
 
 def _entry_faults(entry: MeasurementEntry, named: Mapping[str, Collection[str]]) -> Iterator[tuple[Place, str]]:
