@@ -202,7 +202,11 @@ def test_the_next_edit_holds_what_the_version_has(house: House, worker: Worker, 
     message = edit_message(small_edit("Croatia", contexts=2), method=edit_pb2.METHOD_MEMIT, steps=4)
     row = succeeded(worker.run(message, version=edited.made))
     earlier = earlier_requests(Lineages(house.ledger), house.decoder, "atlas", edited.made)
-    assert {name.partition(":")[0] for name in (r.name for r in earlier)} == {"Estonia", "Latvia"}
+    assert {r.name.partition(":")[0] for r in earlier.requests} == {"Estonia", "Latvia"}
+    assert earlier.whole
+    newest = earlier_requests(Lineages(house.ledger), house.decoder, "atlas", edited.made, most=1)
+    assert [r.name for r in newest.requests] == [earlier.requests[0].name]
+    assert not newest.whole
     order = house.decoder.edit(message)
     loaded = house.models.get("atlas")
     with loaded.borrow() as model:
@@ -210,7 +214,7 @@ def test_the_next_edit_holds_what_the_version_has(house: House, worker: Worker, 
         statistics = loaded.statistics(model, (LAYER,), loaded.references)
         held, free = (
             edit(model, order.requests, settings, statistics, parent=loaded.composed(edited.made), earlier=e).delta
-            for e in (earlier, ())
+            for e in (earlier.requests, ())
         )
     assert row.made is not None
     assert house.ledger.version("atlas", row.made).delta_sha256 == held.sha256 != free.sha256

@@ -37,12 +37,15 @@ _MOST_ROWS = 1000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judged:
-    """An edit that was solved and evaluated. `trace` is what its layers were chosen from, if they were."""
+    """An edit that was solved and evaluated. `trace` is what its layers were chosen from, if they were; `notes` are
+    what its report says besides.
+    """
 
     result: EditResult
     evaluation: Evaluation
     rejections: tuple[str, ...]
     trace: AveragedTrace | None
+    notes: tuple[str, ...]
 
 
 def trace_files(averaged: AveragedTrace, result: Message) -> dict[str, bytes]:
@@ -100,7 +103,7 @@ def _report(row: JobRow, requests: Sequence[EditRequest], judged: Judged, loaded
         evaluation=judged.evaluation,
         pictures={name: image for name, image in shown.items() if image is not None},
         adapter_bytes=judged.result.delta.nbytes,
-        notes=(f"parent: {version_name(row.model, row.version)}", *judged.rejections),
+        notes=(f"parent: {version_name(row.model, row.version)}", *judged.notes, *judged.rejections),
     )
 
 

@@ -28,7 +28,7 @@ from errata.server.errors import MalformedError
 from errata.server.jobs.artifacts import Judged, edit_files
 from errata.server.jobs.auto import trace_edit
 from errata.server.jobs.comparison import compare
-from errata.server.jobs.earlier import earlier_requests
+from errata.server.jobs.earlier import MOST_REQUESTS, Earlier, earlier_requests
 from errata.server.jobs.faults import Fault
 from errata.server.jobs.guardrails import in_force, misses
 from errata.server.jobs.lineages import Lineages
@@ -88,13 +88,14 @@ class EditWork:
             layers, traced = self._layers(job, loaded, model, order, parent)
             settings = replace(order.settings, layers=layers)
             model.check_layers(layers, "layers.explicit.layers")
+            earlier = self._earlier(job, settings)
             result = edit(
                 model,
                 order.requests,
                 settings,
                 self._statistics(job, loaded, model, order, settings),
                 parent=loaded.composed(job.row.version),
-                earlier=self._earlier(job, settings),
+                earlier=earlier.requests,
                 progress=self._progress(job),
                 cancelled=job.cancelled,
             )
@@ -104,11 +105,18 @@ class EditWork:
             evaluation = compare(model, probes, parent, (*parent, result.delta))
         least = in_force(configured_guardrails(loaded.settings.guardrails), order.guardrails)
         rejections = misses(evaluation.scores, least)
-        return Judged(result=result, evaluation=evaluation, rejections=rejections, trace=traced)
+        unheld = f"only the newest {MOST_REQUESTS} requests of the parent are held; what older ones installed may fade"
+        return Judged(
+            result=result,
+            evaluation=evaluation,
+            rejections=rejections,
+            trace=traced,
+            notes=() if earlier.whole else (unheld,),
+        )
 
-    def _earlier(self, job: RunningJob, settings: EditSettings) -> tuple[EditRequest, ...]:
+    def _earlier(self, job: RunningJob, settings: EditSettings) -> Earlier:
         if settings.method not in HOLDING:
-            return ()
+            return Earlier()
         return earlier_requests(self._lineages, self._decoder, job.row.model, job.row.version)
 
     def _layers(
