@@ -84,7 +84,8 @@ def test_a_cluster_that_is_not_there_is_said_to_be_missing() -> None:
 
 
 def test_a_cluster_that_refuses_or_cannot_be_reached_this_way_says_what_to_give() -> None:
-    assert "RAY_AUTH_TOKEN" in str(_refused("auto", AuthenticationError("no token")))
+    for error in (AuthenticationError("no token"), ConnectionError("Failed to connect")):
+        assert "RAY_AUTH_TOKEN" in str(_refused("auto", error))
     with pytest.raises(ClusterError, match="with auto or HOST:PORT"), connected(ClusterSettings(address="ray://a:1")):
         pass
 

@@ -15,13 +15,14 @@ import typer
 from rich.console import RenderableType
 
 from errata.client.cli.output import facts, line
-from errata.client.cli.problems import UNDONE, MissingExtraError
+from errata.client.cli.problems import UNDONE, MissingExtraError, UsageError
 from errata.client.cli.session import Session
 
 _SERVER = ("errata.server", "torch", "mlflow", "sqlalchemy", "pydantic_settings")
 _SECONDS = 60.0
 _KILLED = 128
 """A shell's exit code of a process that a signal ended is so much more than the signal."""
+_INTERRUPTED = _KILLED + signal.SIGINT
 
 DataDir = Annotated[Path, typer.Option("--data-dir", metavar="FOLDER", help="Where everything is kept.")]
 
@@ -83,8 +84,10 @@ def study(
 ) -> None:
     """Run a file of measurements: figures, a page, an MLflow experiment.
 
-    Needs pip install 'errata[server]'. A study that was stopped goes on.
+    Needs pip install 'errata[server]'. A study that was stopped goes on. Exit code 1: some cells failed.
     """
+    if gpus and not cluster:
+        raise UsageError("--gpus is for --cluster; the study's models say their own device")
     _require_server()
     options = ["--jobs", str(jobs), *(["--mlflow", mlflow] if mlflow else [])] if action == "run" else []
     if cluster and action == "run":
@@ -94,10 +97,16 @@ def study(
         assert process.stdout is not None
         said = process.stdout.read()
         status = process.wait()
-    if said and ("error" not in (result := json.loads(said)) or session.output.as_json):
+    result = json.loads(said) if said else {"error": {}}
+    if said and ("error" not in result or session.output.as_json):
         session.output.show(result, *_study(result))
     if status:
-        raise typer.Exit(UNDONE)
+        raise typer.Exit(_study_status(status, failed="error" not in result))
+
+
+def _study_status(status: int, *, failed: bool) -> int:
+    """Ours for a study's: 1 where cells `failed`, 130 after Ctrl-C, else nothing was run."""
+    return status if status == _INTERRUPTED or failed else UNDONE
 
 
 def _study(result: Mapping[str, Any]) -> Iterator[RenderableType]:

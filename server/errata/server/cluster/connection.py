@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray
+from ray.exceptions import AuthenticationError, RayError
 
 from errata.server.cluster.errors import ClusterError
 
@@ -21,7 +22,7 @@ LOCAL = "local"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSettings:
-    """Where the cluster is: "auto" (that of this machine), HOST:PORT, ray://HOST:PORT, or "local".
+    """Where the cluster is: "auto" (that of this machine), HOST:PORT of its head, or "local".
 
     The rest is for a local one: `cpus` that it may give to workers (None: those there are), bytes of its object store
     (None: Ray's default, a third of the memory), the folder of its sockets and logs (None: Ray's own).
@@ -39,6 +40,8 @@ def connected(settings: ClusterSettings) -> Iterator[None]:
 
     Raises ClusterError where there is no cluster, or this process has one already.
     """
+    if settings.address.startswith("ray://"):
+        raise ClusterError("Ray's client cannot be used; run this on a node of the cluster, with auto or HOST:PORT")
     if ray.is_initialized():
         raise ClusterError("this process is connected to a cluster already; end that connection first")
     # Ray would report to its makers what it is used for, unless whoever runs it says otherwise.
@@ -49,18 +52,30 @@ def connected(settings: ClusterSettings) -> Iterator[None]:
             _start(settings)
         else:
             ray.init(address=settings.address, logging_level=logging.WARNING, log_to_driver=False)
-    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-        said = " ".join(str(error).split())
-        raise ClusterError(f"there is no Ray cluster at {settings.address!r}: {said}; check the address") from error
+    except (RayError, RuntimeError, ValueError, OSError) as error:
+        if ray.is_initialized():
+            ray.shutdown()
+        raise _refused(settings.address, error) from error
     try:
         yield
     finally:
         ray.shutdown()
 
 
+def _refused(address: str, error: Exception) -> ClusterError:
+    if isinstance(error, AuthenticationError):
+        return ClusterError(f"the cluster at {address!r} asks for its token; give it to this machine (RAY_AUTH_TOKEN)")
+    said = " ".join(str(error).split())
+    # A wrong token also looks like a cluster that is not there.
+    return ClusterError(
+        f"there is no Ray cluster at {address!r}: {said}; check the address, and give this machine "
+        "the cluster's token (RAY_AUTH_TOKEN) if it asks for one"
+    )
+
+
 def _look_for(address: str) -> None:
     """Raises OSError where nobody listens at HOST:PORT: Ray would try for a minute, and end the process then."""
-    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    host, colon, port = address.rpartition(":")
     if colon:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS).close()
 

@@ -2,6 +2,7 @@
 
 ErrataError (errata.editor.errors)
 ├── ClusterError                     there is no cluster there, or it lacks what is needed
+├── WorkFailedError                  a worker failed at a shard in a way that nobody foresaw
 └── WorkerLostError                  a shard's workers died, twice
 """
 
@@ -15,6 +16,12 @@ class ClusterError(ErrataError):
     """The cluster cannot be used."""
 
     reason = "CLUSTER"
+
+
+class WorkFailedError(ErrataError):
+    """What a worker was given ended with an error that nobody raised on purpose; that worker goes on."""
+
+    reason = "WORK_FAILED"
 
 
 class WorkerLostError(ErrataError):

@@ -1,17 +1,23 @@
 """Where calls enter: each goes to a replica, by the version that it asks. Holds no model and imports none."""
 
+import logging
+import secrets
 from collections.abc import AsyncIterator
 from typing import Any
 
+from google.protobuf.message import Message
 from grpc import StatusCode
 from ray import serve
-from ray.exceptions import RayActorError
 from ray.serve.grpc_util import RayServegRPCContext
 
+from errata.editor.errors import ErrataError
 from errata.server.cluster.reply import Metadata, Reply
-from errata.server.errors import DrainingError
-from errata.server.status import code_from, status_of, trailing_metadata
+from errata.server.cluster.workers import LOST
+from errata.server.errors import DrainingError, MalformedError
+from errata.server.status import code_from, internal, retry_after, status_of, trailing_metadata
 from errata.v1 import inference_pb2
+
+_log = logging.getLogger(__name__)
 
 CALLS = 1000
 """Calls that one process has at once, as many as a server; a replica's engine refuses what it cannot queue."""
@@ -28,8 +34,8 @@ _SERVICE = "/errata.v1.InferenceService/"
 class Front:
     """Sends calls to the replicas. Its methods are the service's."""
 
-    def __init__(self, replicas: Any) -> None:
-        self._replicas = replicas
+    def __init__(self, replicas: Any, max_message_bytes: int) -> None:
+        self._replicas, self._most = replicas, max_message_bytes
 
     async def Generate(  # noqa: N802
         self, request: inference_pb2.GenerateRequest, grpc_context: RayServegRPCContext
@@ -51,36 +57,53 @@ class Front:
     ) -> AsyncIterator[inference_pb2.StreamGenerateResponse]:
         """An answer as it grows."""
         handle = self._replicas.options(stream=True, multiplexed_model_id=request.request.version)
-        sent = _SERVICE + "StreamGenerate", request.SerializeToString(), _metadata(grpc_context)
+        method = _SERVICE + "StreamGenerate"
         try:
-            async for reply in handle.stream.remote(*sent):
+            async for reply in handle.stream.remote(method, self._sent(request), _metadata(grpc_context)):
                 _end(grpc_context, reply)
                 # Serve takes a status from beside a message only, so a stream that fails ends with an empty one.
                 yield inference_pb2.StreamGenerateResponse.FromString(reply.message)
-        except RayActorError:
-            _end(grpc_context, _lost())
+        except Exception as error:
+            _end(grpc_context, _failed(method, error))
             yield inference_pb2.StreamGenerateResponse()
 
-    async def _called(self, method: str, request: Any, version: str, context: RayServegRPCContext) -> bytes:
+    async def _called(self, name: str, request: Message, version: str, context: RayServegRPCContext) -> bytes:
         handle = self._replicas.options(multiplexed_model_id=version)
-        sent = _SERVICE + method, request.SerializeToString(), _metadata(context)
+        method = _SERVICE + name
         try:
-            reply: Reply = await handle.call.remote(*sent)
-        except RayActorError:
-            reply = _lost()
+            reply: Reply = await handle.call.remote(method, self._sent(request), _metadata(context))
+        except Exception as error:
+            reply = _failed(method, error)
         _end(context, reply)
         return reply.message
+
+    def _sent(self, request: Message) -> bytes:
+        """What a replica would refuse for its size is not carried to one. Raises MalformedError."""
+        if (size := request.ByteSize()) > self._most:
+            raise MalformedError(
+                f"the request has {size} bytes, and this server takes {self._most}; split it or send smaller images",
+                field="request",
+                reason="MESSAGE_TOO_LARGE",
+            )
+        return request.SerializeToString()
 
 
 def _metadata(context: RayServegRPCContext) -> Metadata:
     return tuple(context.invocation_metadata())
 
 
-def _lost() -> Reply:
-    """The end of a call whose replica died."""
-    said = "the replica that had the call is gone; call again, another one takes it"
-    status = status_of(DrainingError(said, reason="REPLICA_LOST", retry_after=_RETRY_SECONDS))
-    trailing = trailing_metadata(status, _RETRY_SECONDS)
+def _failed(method: str, error: Exception) -> Reply:
+    """How a call ends that no replica ended; what nobody meant goes to the log, as at the server."""
+    if isinstance(error, LOST):
+        said = "the replica that had the call is gone; call again, another one takes it"
+        error = DrainingError(said, reason="REPLICA_LOST", retry_after=_RETRY_SECONDS)
+    if isinstance(error, ErrataError):
+        status = status_of(error)
+    else:
+        error_id = secrets.token_hex(4)
+        _log.error("%s failed", method, exc_info=error, extra={"method": method, "error_id": error_id})
+        status = internal(method, error_id)
+    trailing = trailing_metadata(status, retry_after(error))
     return Reply(code=code_from(status), details=status.message, trailing=trailing)
 
 

@@ -17,7 +17,7 @@ from errata.server.conversion import Decoder
 from errata.server.images import ImagePolicy
 from errata.server.interceptors import Gate
 from errata.server.metrics import Metrics
-from errata.server.models import LoadState, Models
+from errata.server.models import Models
 from errata.server.security import Authenticator, RateLimiter
 from errata.server.services.inference import InferenceService
 from errata.server.settings import Settings
@@ -59,11 +59,6 @@ class Replica:
         except BaseException:
             self.close()
             raise
-
-    def check(self) -> None:
-        """Raises ClusterError where a model could not be loaded: another replica may do better."""
-        if failed := [n for n in self._models.names if self._models.state(n) is LoadState.FAILED]:
-            raise ClusterError(f"the models {', '.join(failed)} could not be loaded; the replica's log says why")
 
     def close(self) -> None:
         """Ends what it answers, and closes everything."""

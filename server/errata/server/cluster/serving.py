@@ -44,7 +44,7 @@ class ReplicaSettings(BaseModel):
     config: Path | None = None
     replicas: int = Field(default=1, ge=1)
     cpus: int = Field(default=1, ge=1)
-    gpus: float = Field(default=0.0, ge=0)
+    gpus: float = Field(default=0.0, ge=0, allow_inf_nan=False)
 
 
 @serve.deployment(max_ongoing_requests=CALLS)
@@ -76,10 +76,6 @@ class Replicas:
         """Tells Serve that this replica has answered for a version, and so has loaded it."""
         return version
 
-    def check_health(self) -> None:
-        """Serve replaces a replica whose models could not be loaded."""
-        self._replica.check()
-
     def __del__(self) -> None:
         if hasattr(self, "_replica"):
             self._replica.close()
@@ -93,20 +89,23 @@ def application(given: ReplicaSettings) -> Application:
 def bound(settings: Settings, given: ReplicaSettings) -> Application:
     """The application with a server's settings, of which it takes models, ledger, data_dir, limits and tokens.
 
-    Raises SettingsError unless they have `insecure_ok`: Serve's proxies listen on all addresses, without TLS.
+    As many fronts as replicas. Raises SettingsError unless they have `insecure_ok`, as Serve's proxies listen on all
+    addresses without TLS, and a full `data_dir`, as processes on other nodes start in other folders.
     """
     if not settings.insecure_ok:
         raise SettingsError(
             "Ray Serve's gRPC proxies listen on every address and without TLS; set insecure_ok = true where something "
             "else protects the port, and auth = true so that callers need tokens"
         )
+    if not settings.data_dir.is_absolute():
+        raise SettingsError(f"data_dir is {str(settings.data_dir)!r}; give its full path, the same on all nodes")
     replicas = _deployment(Replicas).options(
         num_replicas=given.replicas,
         ray_actor_options={"num_cpus": given.cpus, "num_gpus": given.gpus},
         graceful_shutdown_timeout_s=settings.drain_seconds,
     )
-    front = _deployment(Front).options(ray_actor_options={"num_cpus": 0})
-    return front.bind(replicas.bind(settings, given.cpus))
+    front = _deployment(Front).options(num_replicas=given.replicas, ray_actor_options={"num_cpus": 0})
+    return front.bind(replicas.bind(settings, given.cpus), settings.max_message_bytes)
 
 
 @contextmanager

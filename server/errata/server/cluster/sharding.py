@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from errata.editor.checkpoints import ATLAS, load_model
 from errata.editor.delta import Delta, applied
-from errata.editor.errors import ErrataError
+from errata.editor.errors import ErrataError, InvalidInputError
 from errata.editor.evaluation import Evaluation, Probe, evaluate
 from errata.editor.model import EditableModel
 from errata.editor.prompts import Prompt
@@ -32,11 +32,13 @@ class ModelSource:
     source: str = ATLAS
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: str = "cpu"
+    quantization: Literal["none", "bnb-8bit", "bnb-4bit", "bnb-4bit-fp4"] = "none"
 
     def __call__(self) -> EditableModel:
         """Loads it. Raises ModelError."""
         disable_progress_bar()  # nobody sees a worker's
-        return load_model(self.source, dtype=getattr(torch, self.dtype), device=self.device)
+        dtype = getattr(torch, self.dtype)
+        return load_model(self.source, dtype=dtype, device=self.device, quantization=self.quantization)
 
 
 def sharded_traces(
@@ -71,6 +73,8 @@ def sharded_evaluation(
 
     Drift and fluency are of all reference prompts together, and so of one shard. Raises what any shard ended with.
     """
+    if probes_per_shard < 1:
+        raise InvalidInputError(f"probes_per_shard is {probes_per_shard}; give at least 1", field="probes_per_shard")
     pieces = [(tuple(probes[i : i + probes_per_shard]), ()) for i in range(0, len(probes), probes_per_shard)]
     # First, as the longest: free text is generated from each of them.
     shards: list[tuple[tuple[Probe, ...], tuple[Prompt, ...]]] = [((), tuple(reference)), *pieces]

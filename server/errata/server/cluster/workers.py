@@ -1,26 +1,38 @@
 """Workers: processes of a cluster that each hold something costly, a model mostly, and take one shard after another.
 
 A worker that dies is replaced, and its shard is given to another one, once: what kills two workers is at fault itself.
-Every shard ends exactly once, with its result, its own error, or WorkerLostError. Imports no model.
+Every shard ends exactly once, with its result, its own error, WorkFailedError or WorkerLostError. Imports no model.
 """
 
+import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from socket import gethostname
 from typing import Any, Generic, TypeVar
 
 import ray
-from ray.exceptions import ActorDiedError, RayActorError
-from ray.util import ActorPool
+from ray.exceptions import (
+    ActorUnschedulableError,
+    NodeDiedError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+)
 
-from errata.editor.errors import ErrataError, InvalidInputError
-from errata.server.cluster.errors import ClusterError, Fault, WorkerLostError
+from errata.editor.errors import ErrataError, check_numbers
+from errata.server.cluster.errors import ClusterError, Fault, WorkerLostError, WorkFailedError
+
+_log = logging.getLogger(__name__)
 
 M = TypeVar("M")
 S = TypeVar("S")
 R = TypeVar("R")
+
+LOST = (RayActorError, OutOfMemoryError, NodeDiedError, ActorUnschedulableError)
+"""What Ray raises where the process that had a call is gone. That its memory monitor ended it is no RayActorError."""
 
 _TRIES = 2
 """Workers that a shard may cost."""
@@ -35,9 +47,7 @@ class WorkerSettings:
     gpus: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, least in (("workers", 1), ("cpus", 1), ("gpus", 0)):
-            if (value := getattr(self, name)) < least:
-                raise InvalidInputError(f"{name} is {value}; give at least {least}", field=name)
+        check_numbers(self, at_least={"workers": 1, "cpus": 1, "gpus": 0}, above={})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,19 +59,19 @@ class Ended(Generic[R]):
 
 
 class Worker(Generic[M]):
-    """What runs in a worker's process. Errors raised on purpose are handed back, so that their worker lives on."""
+    """What runs in a worker's process. Errors are handed back, so that their worker lives on."""
 
     def __init__(self, opened: Callable[[], M]) -> None:
-        self._held: M | Fault = _tried(opened)
+        self._held: M | Fault = _tried("what it needs could not be opened", opened)
 
     def fault(self) -> Fault | None:
         """Why it cannot work; waits until that is known."""
         return self._held if isinstance(self._held, Fault) else None
 
-    def work(self, task: Callable[[M, S], R], shard: int, given: S) -> tuple[int, R | Fault]:
-        """One shard, with its place."""
+    def work(self, task: Callable[[M, S], R], shard: int, given: S) -> R | Fault:
+        """One shard."""
         held = self._held
-        return shard, held if isinstance(held, Fault) else _tried(lambda: task(held, given))
+        return held if isinstance(held, Fault) else _tried(f"shard {shard}", lambda: task(held, given))
 
 
 class Workers(Generic[M]):
@@ -70,6 +80,9 @@ class Workers(Generic[M]):
     `opened` and tasks travel by cloudpickle. `told` is called with a line for people where a worker died, and where the
     cluster has too little room: they wait for it. Raises the error that `opened` raised in any of them,
     WorkerLostError where one died of it.
+
+    Shards are given out by `ray.wait`, not Ray's ActorPool: that knows a dead worker only by the id that its error
+    carries, which most of LOST do not, and would give shards to a replacement before that has opened anything.
     """
 
     def __init__(
@@ -77,34 +90,37 @@ class Workers(Generic[M]):
         opened: Callable[[], M],
         settings: WorkerSettings,
         *,
-        told: Callable[[str], None] = lambda _line: None,
+        told: Callable[[str], None] = _log.warning,
     ) -> None:
         self._opened, self._settings, self._told = opened, settings, told
         # Ray's handles are typed by the class they are made from, which is generic here.
-        self._actors: dict[str, Any] = {}
+        self._ready: list[Any] = []
+        self._opening: dict[Any, Any] = {}
+        """Workers of which nothing is known yet, by what will say why they cannot work."""
         self._retried = 0
 
     def __enter__(self) -> "Workers[M]":
         self._tell_of_room()
-        made = [self._start() for _ in range(self._settings.workers)]
         try:
-            for fault in ray.get([actor.fault.remote() for actor in made]):
-                if fault is not None:
-                    raise fault.error
-        except BaseException as error:
+            for _ in range(self._settings.workers):
+                self._start()
+            while self._opening:
+                if error := self._has_opened(_first(self._opening)):
+                    raise error
+        except BaseException:
             self.__exit__()
-            if isinstance(error, RayActorError):
-                raise WorkerLostError(f"a worker died while it opened its model: {_line(error)}") from error
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        for actor in self._actors.values():
+        for actor in [*self._ready, *self._opening.values()]:
             ray.kill(actor)
-        self._actors.clear()
+        self._ready.clear()
+        self._opening.clear()
 
     def __len__(self) -> int:
-        return self._settings.workers
+        """Fewer than there were where a replacement could not be opened."""
+        return len(self._ready) + len(self._opening)
 
     @property
     def retried(self) -> int:
@@ -112,32 +128,36 @@ class Workers(Generic[M]):
         return self._retried
 
     def map(self, task: Callable[[M, S], R], shards: Sequence[S]) -> Iterator[Ended[R]]:
-        """Each shard's end, as they come. `task` runs in a worker, with what that holds and the shard."""
+        """Each shard's end, as they come. `task` runs in a worker, with what that holds and the shard.
+
+        Raises why the last replacement could not be opened, where no worker is left.
+        """
         shared = ray.put(task)  # once for all shards: a task may bring deltas along
-        pool: Any = ActorPool(list(self._actors.values()))
-        waiting, at = deque((shard, 1) for shard in range(len(shards))), dict[str, tuple[int, int]]()
-
-        def begin(actor: Any, attempt: tuple[int, int]) -> Any:
-            at[_id(actor)] = attempt
-            return actor.work.remote(shared, attempt[0], shards[attempt[0]])
-
-        while waiting or pool.has_next():
-            # No more than there are idle workers: what the pool queues itself would go to one that has just died.
-            while waiting and pool.has_free():
-                pool.submit(begin, waiting.popleft())
+        if shards and not len(self):
+            raise WorkerLostError("all workers are gone, and none could be replaced; open new ones")
+        waiting, idle = deque((shard, 1) for shard in range(len(shards))), deque(self._ready)
+        busy = dict[Any, tuple[Any, tuple[int, int]]]()
+        while waiting or busy:
+            while waiting and idle:
+                actor, attempt = idle.popleft(), waiting.popleft()
+                busy[actor.work.remote(shared, attempt[0], shards[attempt[0]])] = actor, attempt
+            future = _first([*busy, *self._opening])
+            if future in self._opening:
+                idle.extend(self._joined(future))
+                continue
+            actor, (shard, tries) = busy.pop(future)
             try:
-                shard, found = pool.get_next_unordered()
-            except RayActorError as error:
-                shard, tries = at.pop(self._replace(error, pool))
-                why = f"shard {shard}: its worker died ({_line(error)})"
-                if tries == _TRIES:
-                    yield Ended(shard=shard, outcome=WorkerLostError(f"{why}, as did the one before; try it alone"))
-                    continue
-                self._retried += 1
-                self._told(f"{why}; another one takes it")
-                waiting.append((shard, tries + 1))
-            else:
-                yield Ended(shard=shard, outcome=found.error if isinstance(found, Fault) else found)
+                found = ray.get(future)
+            except LOST as error:
+                if lost := self._lost(actor, shard, tries, error):
+                    yield Ended(shard=shard, outcome=lost)
+                else:
+                    waiting.append((shard, tries + 1))
+                continue
+            except RayError as error:  # the task, or what it found, cannot be sent
+                found = Fault.of(WorkFailedError(f"shard {shard}: {_line(error)}"))
+            idle.append(actor)
+            yield Ended(shard=shard, outcome=found.error if isinstance(found, Fault) else found)
 
     def _tell_of_room(self) -> None:
         """Ray waits for nodes that may never come, and says nothing."""
@@ -148,21 +168,49 @@ class Workers(Generic[M]):
                     f"{settings.workers} workers need {needed:g} {name}s, and the cluster has {has:g}; they wait"
                 )
 
-    def _replace(self, error: RayActorError, pool: Any) -> str:
-        """Puts a new worker into the pool for one that is gone; that one's id."""
-        if not isinstance(error, ActorDiedError):  # cut off, perhaps alive: the pool has it back as its last one
-            ray.kill(pool.pop_idle())
-        gone = str(error.actor_id)
-        del self._actors[gone]
-        pool.push(self._start())
-        return gone
+    def _lost(self, actor: Any, shard: int, tries: int, error: Exception) -> WorkerLostError | None:
+        """Replaces a worker that is gone. None: another one takes its shard."""
+        ray.kill(actor)  # cut off, it may be alive
+        self._ready.remove(actor)
+        self._tell_of_room()
+        self._start()
+        why = f"shard {shard}: its worker died ({_line(error)})"
+        if tries == _TRIES:
+            return WorkerLostError(f"{why}, as did the one before; try it alone")
+        self._retried += 1
+        self._told(f"{why}; another one takes it")
+        return None
 
-    def _start(self) -> Any:
+    def _joined(self, future: Any) -> list[Any]:
+        """The replacement, if it can work. Raises why it cannot, where no other worker is left."""
+        if error := self._has_opened(future):
+            if not len(self):
+                raise error
+            self._told(f"a worker could not be replaced ({_line(error)}); {len(self)} go on")
+            return []
+        return self._ready[-1:]
+
+    def _has_opened(self, future: Any) -> ErrataError | None:
+        """Takes in a worker that has opened what it needs; or drops it, and says why it cannot work."""
+        actor = self._opening.pop(future)
+        try:
+            fault: Fault | None = ray.get(future)
+        except RayError as error:
+            ray.kill(actor)
+            return WorkerLostError(f"a worker died while it opened what it needs: {_line(error)}")
+        if fault is None:
+            self._ready.append(actor)
+            return None
+        ray.kill(actor)
+        return fault.error
+
+    def _start(self) -> None:
         settings = self._settings
-        made = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus)(Worker)
+        # Without a share of one Ray leaves all GPUs visible.
+        hidden = {} if settings.gpus else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
+        made = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus, runtime_env=hidden)(Worker)
         actor: Any = made.remote(self._opened)
-        self._actors[_id(actor)] = actor
-        return actor
+        self._opening[actor.fault.remote()] = actor
 
 
 def shared_folder(folder: Path) -> Path:
@@ -172,16 +220,22 @@ def shared_folder(folder: Path) -> Path:
     return folder
 
 
-def _tried(made: Callable[[], R]) -> R | Fault:
+def _tried(what: str, made: Callable[[], R]) -> R | Fault:
     try:
         return made()
     except ErrataError as error:
         return Fault.of(error)
+    except Exception as error:
+        _log.exception("%s", what)
+        said = f"{what}: {type(error).__name__}: {_line(error)}; the worker's log has the rest"
+        return Fault.of(WorkFailedError(said))
 
 
-def _id(actor: Any) -> str:
-    return str(actor._ray_actor_id.hex())
+def _first(futures: Iterable[Any]) -> Any:
+    """One that has ended; waits for it."""
+    return ray.wait(list(futures))[0][0]
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    said = error.cause if isinstance(error, RayTaskError) else error  # its own text is a traceback
+    return " ".join(str(said).split())[:300]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from errata.editor.errors import ErrataError
+from errata.editor.errors import ErrataError, InvalidInputError
 
 if TYPE_CHECKING:
     from errata.server.studies.running import Measure
@@ -23,6 +23,12 @@ Out = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where result
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON document on stdout, of errors, too.")]
 
 _INTERRUPTED = 130
+
+
+class FolderInUseError(ErrataError):
+    """Another run of a study has the folder."""
+
+    reason = "FOLDER_IN_USE"
 
 
 @studies.command("run")
@@ -46,7 +52,10 @@ def run(
     Exit code 1: some cells failed, and the page says why; or nothing was run.
     """
     with _explained(as_json=as_json):
+        if gpus and not cluster:
+            raise InvalidInputError("--gpus is for --cluster; models say their own device", field="gpus")
         # The parts need seconds to import; `--help` does not wait for them.
+        from errata.server.studies.format import read_study
         from errata.server.studies.whole import Report, run_study
 
         def told(line: str) -> None:
@@ -54,6 +63,7 @@ def run(
 
         uri = mlflow or os.environ.get(_TRACKING)
         measured = _on_cluster(cluster, jobs, gpus) if cluster else None
+        read_study(file)  # one with faults makes no folder
         with _held(out):
             try:
                 report: Report = run_study(file, out, jobs=jobs, mlflow=uri, told=told, measured=measured)
@@ -69,6 +79,8 @@ _TRACKING = "MLFLOW_TRACKING_URI"
 
 
 def _on_cluster(address: str, jobs: int, gpus: float) -> "Measure":
+    from errata.server.cluster.errors import ClusterError
+
     try:
         from errata.server.cluster.connection import ClusterSettings
         from errata.server.cluster.studies import on_cluster
@@ -76,7 +88,7 @@ def _on_cluster(address: str, jobs: int, gpus: float) -> "Measure":
     except ModuleNotFoundError as error:
         if error.name != "ray":
             raise
-        raise ErrataError("a cluster needs Ray: pip install 'errata[server,ray]'") from None
+        raise ClusterError("a cluster needs Ray: pip install 'errata[server,ray]'") from None
     return on_cluster(WorkerSettings(workers=jobs, gpus=gpus), ClusterSettings(address=address))
 
 
@@ -97,13 +109,14 @@ def plan(file: StudyFile, out: Out, as_json: AsJson = False) -> None:
 
 @contextmanager
 def _held(out: Path) -> Iterator[None]:
-    """The folder for one run at a time. Raises ErrataError where another has it."""
+    """The folder for one run at a time. Raises FolderInUseError where another has it."""
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ErrataError(f"another run is at work in {str(out)!r}; wait for it, or give another --out") from None
+            said = f"another run is at work in {str(out)!r}; wait for it, or give another --out"
+            raise FolderInUseError(said) from None
         yield
 
 

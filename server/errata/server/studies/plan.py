@@ -25,6 +25,12 @@ _FORMAT = 1
 """Of what is hashed and of what is stored: another one is measured anew."""
 
 
+class UnreadableError(ErrataError):
+    """Models or data of a study cannot be read: one line for each."""
+
+    reason = "STUDY_UNREADABLE"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
     """One measurement of a study. `seed` is None where nothing depends on it; files are named relative to `folder`."""
@@ -64,13 +70,13 @@ class Cell:
 def plan(study: Study, folder: Path) -> tuple[Cell, ...]:
     """All cells, those of one model together. Reads weights and data to know them again; loads neither.
 
-    Raises ErrataError with what is wrong with all models and data that cannot be read.
+    Raises UnreadableError with what is wrong with all models and data that cannot be read.
     """
     used = [name for name in study.data if any(name in (m.data or study.data) for m in study.measurements.values())]
     models, no_models = _each(study.models, lambda name: _model_identity(study.models[name], folder))
     sets, no_data = _each(used, lambda name: [_data_identity(part, folder) for part in study.parts(name)])
     if wrong := [f"models.{told}" for told in no_models] + [f"data.{told}" for told in no_data]:
-        raise ErrataError("\n".join(wrong))
+        raise UnreadableError("\n".join(wrong))
     return tuple(cell for model, known in models.items() for cell in _of_model(study, folder, model, known, sets))
 
 

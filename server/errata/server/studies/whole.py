@@ -49,7 +49,7 @@ class Report:
 def planned(file: Path, out: Path) -> list[tuple[Cell, bool]]:
     """A study's cells, and whether each is finished. Raises StudyError, and ErrataError for what cannot be read."""
     place = Place(out=out)
-    return [(cell, place.has(cell.id)) for cell in plan(read_study(file), file.parent)]
+    return [(cell, place.has(cell.id)) for cell in plan(read_study(file), file.parent.absolute())]
 
 
 def run_study(
@@ -70,7 +70,7 @@ def run_study(
     KeyboardInterrupt: the page is written then, and nothing is published.
     """
     study, place = read_study(file), Place(out=out)
-    cells = plan(study, file.parent)
+    cells = plan(study, file.parent.absolute())  # other processes start in other folders
     missing = [cell for cell in cells if not place.has(cell.id)]
     told(f"{len(cells)} cells, {len(cells) - len(missing)} of them finished before")
     failed: dict[str, str] = {}
