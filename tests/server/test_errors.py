@@ -38,9 +38,10 @@ def _below(kind: type[ErrataError]) -> Iterator[type[ErrataError]]:
 
 
 def _on_the_wire(kind: type[ErrataError]) -> bool:
-    """Studies run without a server."""
-    ours = kind.__module__.startswith(("errata.editor", "errata.server"))
-    return ours and not kind.__module__.startswith("errata.server.studies") and kind not in NEVER_ON_THE_WIRE
+    """Studies, and work in shards, run without a server."""
+    module = kind.__module__
+    apart = module.startswith(("errata.server.studies", "errata.server.cluster"))
+    return module.startswith(("errata.editor", "errata.server")) and not apart and kind not in NEVER_ON_THE_WIRE
 
 
 RAISED = sorted({c for c in _below(ErrataError) if _on_the_wire(c)}, key=lambda c: c.__name__)
