@@ -28,5 +28,5 @@ def plot_growth(found: Mapping[str, Any], path: Path) -> None:
         plot.set_xticks(ticks, [f"{t:,}" for t in ticks])
         plot.minorticks_off()
         plot.grid(alpha=0.3)
-    figure.axes[0].legend()
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
     figure.savefig(path, dpi=120)
