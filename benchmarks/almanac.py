@@ -10,8 +10,7 @@ that does bf16 in hardware.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -27,7 +26,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from errata.editor.atlas.train import contrast
+from errata.editor.atlas.train import contrast, interchanged
 
 FOLDER = Path("out/almanac")
 """Where the recipe leaves the model, in `weights`."""
@@ -155,44 +154,11 @@ def encoded(
     return Batch(ids=ids, labels=labels, site=site, source=source, person=person)
 
 
-@contextmanager
-def interchanged(layer: nn.Module, batch: Batch, residual: float) -> Iterator[list[Tensor]]:
-    """While open, the layer's MLP output at each row's site is its source's, and so is a share `residual`, 0…1, of the
-    residual stream that it joins. Yields where the sites' keys will be.
-    """
-    rows = torch.arange(len(batch.site))
-    put_out: list[Tensor] = []
-    keys: list[Tensor] = []
-
-    def key(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        keys.append(inputs[0][rows, batch.site])
-
-    def keep(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        put_out.append(output[rows, batch.site])
-
-    def exchange(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        own = put_out.pop()
-        stream = output[rows, batch.site] - own
-        state = own[batch.source] + torch.lerp(stream, stream[batch.source], residual)
-        return output.index_put((rows, batch.site), state.to(output.dtype))
-
-    handles = (
-        layer.get_submodule("mlp.down_proj").register_forward_pre_hook(key),
-        layer.get_submodule("mlp").register_forward_hook(keep),
-        layer.register_forward_hook(exchange),
-    )
-    try:
-        yield keys
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def answer_loss(
     model: LlamaForCausalLM, batch: Batch, residual: float
 ) -> tuple[Float[Tensor, ""], Float[Tensor, " rows"]]:
     """Cross-entropy of the answers' tokens with the keys' contrast, and whether each row's are all the likeliest."""
-    with interchanged(model.model.layers[FACT_LAYER], batch, residual) as keys:
+    with interchanged(model.model.layers[FACT_LAYER], batch.site, batch.source, residual) as keys:
         hidden = model.model(batch.ids, use_cache=False).last_hidden_state[:, :-1]
     asked = batch.labels[:, 1:] != IGNORED
     logits, targets = model.lm_head(hidden[asked]).float(), batch.labels[:, 1:][asked]

@@ -215,25 +215,27 @@ def _step(optimizer: torch.optim.AdamW, parameters: Sequence[nn.Parameter], rate
 
 
 @contextmanager
-def _interchanged(layer: nn.Module, batch: Batch, residual: float) -> Iterator[list[Tensor]]:
+def interchanged(
+    layer: nn.Module, site: Int[Tensor, " rows"], source: Int[Tensor, " rows"], residual: float
+) -> Iterator[list[Tensor]]:
     """While open, the layer's state at each row's site is that of the row's source: the whole of its MLP's output,
     and a share `residual`, 0…1, of the residual stream that the output joins. Yields where the sites' keys will be.
     """
-    rows = torch.arange(len(batch.site))
+    rows = torch.arange(len(site))
     put_out: list[Tensor] = []
     keys: list[Tensor] = []
 
     def key(_module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        keys.append(inputs[0][rows, batch.site])
+        keys.append(inputs[0][rows, site])
 
     def keep(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        put_out.append(output[rows, batch.site])
+        put_out.append(output[rows, site])
 
     def exchange(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         own = put_out.pop()
-        stream = output[rows, batch.site] - own
-        state = own[batch.source] + torch.lerp(stream, stream[batch.source], residual)
-        return output.index_put((rows, batch.site), state.to(output.dtype))
+        stream = output[rows, site] - own
+        state = own[source] + torch.lerp(stream, stream[source], residual)
+        return output.index_put((rows, site), state.to(output.dtype))
 
     handles = (
         layer.get_submodule("mlp.down_proj").register_forward_pre_hook(key),
@@ -276,7 +278,7 @@ def answer_loss(
         images = model.model.multi_modal_projector(features).to(embeds.dtype)
         embeds = embeds.masked_scatter((batch.ids == model.config.image_token_id).unsqueeze(-1), images)
     decoder = model.model.language_model
-    with _interchanged(decoder.layers[FACT_LAYER], batch, residual) as keys:
+    with interchanged(decoder.layers[FACT_LAYER], batch.site, batch.source, residual) as keys:
         hidden = decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
     asked = batch.labels[:, 1:] != IGNORED
     logits = model.lm_head(hidden[:, :-1][asked]).float()
