@@ -19,9 +19,10 @@ from errata.editor.errors import ErrataError
 from errata.editor.evaluation import Evaluation, Metric, evaluate
 from errata.editor.methods import EditSettings, HeldKeys, Method, edit, solve_layer
 from errata.editor.model import EditableModel
+from errata.editor.recording import Recording, record
 from errata.editor.requests import EditRequest
 from errata.editor.solver import free_directions
-from errata.editor.states import Component, Recording, record
+from errata.editor.states import Component
 from errata.editor.statistics import KeyStatistics
 from errata.editor.values import ValueSettings, optimise_values
 

@@ -23,9 +23,11 @@ from errata.editor.methods import EditSettings, Method, edit
 from errata.editor.mixed import mixed
 from errata.editor.model import EditableModel, Encoded, reading_positions
 from errata.editor.prompts import Constraint, Prompt
+from errata.editor.recording import record
 from errata.editor.requests import Context, EditRequest
-from errata.editor.states import Component, Suffix, component_module, logits_of, record
+from errata.editor.states import Component, component_module, logits_of
 from errata.editor.statistics import key_statistics
+from errata.editor.suffix import Suffix
 from errata.editor.trace import Substitution, TraceRequest, TraceSettings, trace
 from errata.editor.values import ValueSettings
 
@@ -121,23 +123,26 @@ def test_the_constraints_tokens_spell_the_constraint(model: EditableModel) -> No
     assert model.tokenizer.decode(row.ids[tokens.start : tokens.stop]).strip() == "this country"
 
 
-def climbed(model: EditableModel, rows: list[Encoded], starts: list[int], layer: int) -> list[torch.Tensor]:
+def climbed(
+    model: EditableModel, rows: list[Encoded], starts: list[int], layer: int, packed: list[int] | None = None
+) -> list[torch.Tensor]:
     """The logits, from each start on, of runs resumed at a layer."""
-    suffix = Suffix(model, record(model, rows, starts), starts)
+    suffix = Suffix(model, record(model, rows, starts), starts, packed)
     hidden = suffix.inputs(layer)
     with suffix, torch.no_grad():
         for index in range(layer, len(model.layers)):
             hidden = suffix.run(index, hidden)
         logits = suffix.logits(hidden)
-    return [x[o:n] for x, o, n in zip(logits, suffix.offsets, suffix.lengths, strict=True)]
+    return [logits[row, span] for row, span in suffix.spans]
 
 
+@pytest.mark.parametrize("packed", [None, [2]])
 @pytest.mark.parametrize("layer", [0, 2])
-def test_a_resumed_run_is_the_full_run(model: EditableModel, layer: int) -> None:
+def test_a_resumed_run_is_the_full_run(model: EditableModel, layer: int, packed: list[int] | None) -> None:
     rows = [model.encode(question(model, "Where is this country?"), "Rome"), model.encode(Prompt(text="a", chat=False))]
     assert len(rows[1].ids) < WINDOW
     starts = [len(rows[0].ids) - 6, len(rows[1].ids) - 1]
-    for row, start, found in zip(rows, starts, climbed(model, rows, starts, layer), strict=True):
+    for row, start, found in zip(rows, starts, climbed(model, rows, starts, layer, packed), strict=True):
         close(found, oracle.logits(model, row)[start:])
 
 

@@ -1,6 +1,6 @@
 """What the editor computes from recorded states, computed plainly: hooks on the full model, one run a question.
 
-Independent of what it checks: module paths are spelled out, and nothing is imported from `states`, `trace` or
+Independent of what it checks: module paths are spelled out, and nothing is imported from `recording`, `suffix`, `trace` or
 `values`.
 """
 

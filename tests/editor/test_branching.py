@@ -14,7 +14,9 @@ from errata.editor.errors import MemoryLimitError
 from errata.editor.memory import Memory
 from errata.editor.model import EditableModel, Encoded
 from errata.editor.prompts import Prompt
-from errata.editor.states import Component, Recording, Suffix, record
+from errata.editor.recording import Recording, record
+from errata.editor.states import Component
+from errata.editor.suffix import Suffix
 
 LONG = "What is the capital of this country? " * 8
 TEXTS = ("What is it?", "Where is the capital of this country?", "Is it that?", "Where?")
@@ -42,14 +44,18 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 
 def climbed(
-    model: EditableModel, recordings: Sequence[Recording], starts: Sequence[int], layer: int
+    model: EditableModel,
+    recordings: Sequence[Recording],
+    starts: Sequence[int],
+    layer: int,
+    packed: Sequence[int] | None = None,
 ) -> list[torch.Tensor]:
-    with Suffix(model, recordings, starts) as suffix, torch.no_grad():
+    with Suffix(model, recordings, starts, packed) as suffix, torch.no_grad():
         hidden = suffix.outputs(layer - 1)
         for index in range(layer, len(model.layers)):
             hidden = suffix.run(index, hidden)
         logits = suffix.logits(hidden)
-    return [x[o:n] for x, o, n in zip(logits, suffix.offsets, suffix.lengths, strict=True)]
+    return [logits[row, span] for row, span in suffix.spans]
 
 
 def test_rows_behind_a_trunk_are_recorded_as_the_full_model_runs_them(model: EditableModel) -> None:
@@ -83,12 +89,24 @@ def test_rows_go_on_behind_their_trunks_as_the_full_model_does(model: EditableMo
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 @pytest.mark.parametrize("name", ["gemma3_vision", "paligemma2", "qwen3_vl", "llava_next", "mistral", "gptj", "opt"])
 def test_whatever_an_architecture_sees_its_rows_go_on_as_the_full_model_does(name: str) -> None:
-    """Windows that slide, positions in three dimensions, features between layers, and prompts that see all of them."""
+    """Windows that slide, positions in three dimensions, features between layers, and prompts that see all of them.
+
+    Each in a row of its own, and all of one picture in one.
+    """
     model = tiny_model(name)
     rows, starts, trunks = trunked(model)
     assert [trunk is None for trunk in trunks] == [name == "paligemma2"] * len(rows)
     recordings = record(model, rows, starts, trunks=trunks)
-    for row, start, found in zip(rows, starts, climbed(model, recordings, starts, 1), strict=True):
+    for packed in (None, [len(TEXTS)] * 2):
+        for row, start, found in zip(rows, starts, climbed(model, recordings, starts, 1, packed), strict=True):
+            close(found, oracle.logits(model, row)[start:])
+
+
+@pytest.mark.parametrize("packed", [[len(TEXTS)] * 2, [1, len(TEXTS) - 1, 2, len(TEXTS) - 2]])
+def test_rows_packed_behind_their_trunk_see_nothing_of_one_another(model: EditableModel, packed: list[int]) -> None:
+    rows, starts, trunks = trunked(model)
+    recordings = record(model, rows, starts, trunks=trunks)
+    for row, start, found in zip(rows, starts, climbed(model, recordings, starts, 1, packed), strict=True):
         close(found, oracle.logits(model, row)[start:])
 
 

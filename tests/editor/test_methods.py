@@ -37,9 +37,9 @@ from errata.editor.methods import (
 )
 from errata.editor.model import EditableModel
 from errata.editor.prompts import Constraint, Prompt
+from errata.editor.recording import record
 from errata.editor.requests import Context, EditRequest
 from errata.editor.solver import free_directions
-from errata.editor.states import record
 from errata.editor.statistics import KeyStatistics, key_statistics
 from errata.editor.values import ValueSettings
 

@@ -5,7 +5,7 @@ Attention is causal, so what a model computes of these is the same in all of the
 the decoder once, and its keys and values stand before every branch.
 
 Where the first row of a trunk shows that a token of it sees beyond it (PaliGemma's prompts see all of themselves), the
-rows are not split. Knows nothing about what is read off the branches (`states`, `answering`).
+rows are not split. Knows nothing about what is read off the branches (`recording`, `answering`).
 """
 
 import hashlib

@@ -23,6 +23,7 @@ from errata.editor.errors import (
     check_numbers,
 )
 from errata.editor.model import EditableModel, same_answer
+from errata.editor.recording import record
 from errata.editor.requests import EditRequest, check_batch
 from errata.editor.solver import (
     Identity,
@@ -34,7 +35,7 @@ from errata.editor.solver import (
     solve_edit,
     solve_weighted,
 )
-from errata.editor.states import Component, record
+from errata.editor.states import Component
 from errata.editor.statistics import KeyStatistics
 from errata.editor.trace import Progress
 from errata.editor.values import Value, ValueSettings, optimise_values

@@ -20,22 +20,20 @@ from errata.editor.model import EditableModel
 
 @dataclass(frozen=True, slots=True)
 class Prefix:
-    """The keys and values that stand before each row's suffix: those of a trunk that rows share, then a row's own.
+    """The keys and values that stand before the suffixes of each row: what its runs share, then each run's own.
 
-    Of n trunks row r continues the one of number r modulo n; where `counts` says how many rows each has, the rows of
-    one trunk follow one another. Of n entries of anything else row r has the one of number r modulo n.
+    Of n entries row r has the one of number r modulo n.
 
-    `own` are keys and values between trunk and suffix, None where there are none. Both are padded: `valid` says which
-    of the trunk are a row's own, None where all are; `later` what of its own tokens and the suffix a token may not see.
-    `unseen` is what the model's mask hides of all of it, None for plain causal attention; `blocked` what is hidden
-    besides. The longest row has `longest` tokens.
+    `own` are keys and values between what is shared and the suffixes, None where there are none. Both are padded:
+    `valid` says which of the shared are a row's own, None where all are; `later` what of its row's own tokens and the
+    suffixes a token may not see. `unseen` is what the model's mask hides of all of it, None for plain causal attention;
+    `blocked` what is hidden besides. The longest run has `longest` tokens.
     """
 
-    keys: Float[Tensor, "trunks kv_heads trunk h"]
-    values: Float[Tensor, "trunks kv_heads trunk h"]
-    counts: tuple[int, ...] | None
+    keys: Float[Tensor, "rows kv_heads shared h"]
+    values: Float[Tensor, "rows kv_heads shared h"]
     own: tuple[Float[Tensor, "rows kv_heads own h"], Float[Tensor, "rows kv_heads own h"]] | None
-    valid: Bool[Tensor, "rows trunk"] | None
+    valid: Bool[Tensor, "rows shared"] | None
     later: Bool[Tensor, "rows_or_1 suffix own_and_suffix"]
     unseen: Bool[Tensor, "rows suffix tokens"] | None
     longest: int
@@ -45,27 +43,24 @@ class Prefix:
         """What each token of the suffix may not attend to, but for what is `blocked`."""
         if self.unseen is not None:
             return self.unseen
-        trunk, suffix = self.keys.shape[2], self.later.shape[1]
+        shared, suffix = self.keys.shape[2], self.later.shape[1]
         if self.valid is None:
-            return nn.functional.pad(self.later, (trunk, 0))
+            return nn.functional.pad(self.later, (shared, 0))
         past = (~self.valid)[:, None].expand(-1, suffix, -1)
         return torch.cat([past, self.later.expand(len(past), -1, -1)], dim=-1)
 
     def joined(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows' own keys and values behind the trunk, in front of these, which are the suffix's."""
+        """The runs' own keys and values behind what they share, in front of these, which are the suffixes'."""
         if self.own is None:
             return keys, values
         own = (of_rows(x, len(keys)).expand(len(keys), -1, -1, -1) for x in self.own)
         joined = [torch.cat(parts, dim=2) for parts in zip(own, (keys, values), strict=True)]
         return joined[0], joined[1]
 
-    def trunks(self, rows: int) -> tuple[Tensor, Tensor]:
-        """The trunk of each of so many rows."""
-        if self.counts is None:
-            keys, values = (of_rows(x, rows).expand(rows, -1, -1, -1) for x in (self.keys, self.values))
-            return keys, values
-        counts = torch.tensor(self.counts, device=self.keys.device)
-        return self.keys.repeat_interleave(counts, 0), self.values.repeat_interleave(counts, 0)
+    def shared(self, rows: int) -> tuple[Tensor, Tensor]:
+        """What the runs of each of so many rows share."""
+        keys, values = (of_rows(x, rows).expand(rows, -1, -1, -1) for x in (self.keys, self.values))
+        return keys, values
 
 
 PREFIX: ContextVar[Prefix] = ContextVar("prefix")
@@ -86,7 +81,7 @@ class JoinedPrefix:
         """The suffix's own keys and values behind a copy of the prefix in every row."""
         prefix = PREFIX.get()
         own = prefix.joined(keys, values)
-        joined = [torch.cat(parts, dim=2) for parts in zip(prefix.trunks(len(keys)), own, strict=True)]
+        joined = [torch.cat(parts, dim=2) for parts in zip(prefix.shared(len(keys)), own, strict=True)]
         return joined[0], joined[1]
 
 
@@ -113,11 +108,11 @@ def _prefixed_attention(
     """
     prefix = PREFIX.get()
     heads, suffix, width = query.shape[1:]
-    kv_heads, trunk = prefix.keys.shape[1], prefix.keys.shape[2]
+    kv_heads, shared = prefix.keys.shape[1], prefix.keys.shape[2]
     scale = width**-0.5 if scaling is None else scaling
     key, value = prefix.joined(key, value)
     grouped = (query * scale).unflatten(1, (kv_heads, heads // kv_heads)).flatten(2, 3)  # rows, kv heads, g·s, h
-    past = _against(grouped, prefix.keys.transpose(-1, -2), prefix.counts)
+    past = _against(grouped, prefix.keys.transpose(-1, -2))
     own = grouped @ key.transpose(-1, -2)
     if softcap is not None:
         past, own = ((x / softcap).tanh() * softcap for x in (past, own))
@@ -132,7 +127,7 @@ def _prefixed_attention(
     if prefix.blocked is not None:
         scores = _masked(scores, prefix.blocked)
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    out = _against(weights[..., :trunk], prefix.values, prefix.counts) + weights[..., trunk:] @ value
+    out = _against(weights[..., :shared], prefix.values) + weights[..., shared:] @ value
     joined: Tensor = out.unflatten(2, (-1, suffix)).flatten(1, 2).transpose(1, 2)
     return joined, None
 
@@ -151,23 +146,14 @@ def of_rows(x: Shaped[Tensor, "prefixes ..."], rows: int) -> Shaped[Tensor, "row
     return x if len(x) in (1, rows) else x.repeat(rows // len(x), *[1] * (x.dim() - 1))
 
 
-def _against(
-    x: Float[Tensor, "rows k a b"], shared: Float[Tensor, "trunks k b c"], counts: tuple[int, ...] | None
-) -> Float[Tensor, "rows k a c"]:
+def _against(x: Float[Tensor, "rows k a b"], shared: Float[Tensor, "prefixes k b c"]) -> Float[Tensor, "rows k a c"]:
     """`x @ shared`, with the rows of x that share one folded into one product."""
     if len(shared) == len(x):
         return x @ shared
-    if counts is None:
-        folded = x.unflatten(0, (-1, len(shared))).movedim(0, 2)  # trunks, k, rows of each, a, b
-        product = (folded.flatten(2, 3) @ shared).unflatten(2, folded.shape[2:4])
-        unfolded: Tensor = product.movedim(2, 0).flatten(0, 1)
-        return unfolded
-    if len(set(counts)) > 1:
-        parts = zip(x.split(counts), shared.split(1), strict=True)
-        return torch.cat([_against(rows, trunk, (len(rows),)) for rows, trunk in parts])
-    grouped = x.unflatten(0, (len(shared), -1)).transpose(1, 2)  # trunks, k, rows of each, a, b
-    by_trunk: Tensor = (grouped.flatten(2, 3) @ shared).unflatten(2, grouped.shape[2:4]).transpose(1, 2).flatten(0, 1)
-    return by_trunk
+    folded = x.unflatten(0, (-1, len(shared))).movedim(0, 2)  # prefixes, k, rows of each, a, b
+    product = (folded.flatten(2, 3) @ shared).unflatten(2, folded.shape[2:4])
+    unfolded: Tensor = product.movedim(2, 0).flatten(0, 1)
+    return unfolded
 
 
 _NAME = "errata_prefixed"

@@ -15,7 +15,9 @@ from torch import Tensor
 from errata.editor.errors import CancelledError
 from errata.editor.memory import Memory
 from errata.editor.model import EditableModel, Encoded
-from errata.editor.states import Component, Recording, Suffix
+from errata.editor.recording import Recording
+from errata.editor.states import Component
+from errata.editor.suffix import Suffix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +63,7 @@ class AnswerReader:
 
     def of(self, suffix: Suffix, hidden: Float[Tensor, "rows suffix d"], start: int) -> list[Probabilities]:
         """Of each row, which starts at `start`."""
-        at = self._first - start + suffix.offsets[0]
+        at = self._first - start + suffix.spans[0][1].start
         logits = suffix.logits(hidden[:, at : at + len(self._answer)])
         chosen = logits.log_softmax(-1).gather(-1, self._answer.expand(len(hidden), -1).unsqueeze(-1)).squeeze(-1)
         whole, first = chosen.double().sum(-1).exp(), chosen[:, 0].double().exp()
@@ -92,7 +94,7 @@ class Restorer:
         """
         runs = sorted(dict.fromkeys(restorations), key=lambda r: r.layers.start)
         found: dict[Restoration, tuple[Probabilities, ...]] = {}
-        draws = len(suffix.begins)
+        draws = suffix.rows
 
         def run(batch: Sequence[Restoration]) -> None:
             if self.cancelled and self.cancelled():
@@ -110,7 +112,7 @@ class Restorer:
         self, suffix: Suffix, offset: int, runs: Sequence[Restoration], layers: int
     ) -> Float[Tensor, "runs_and_draws suffix d"]:
         """The last layer's outputs of runs in order of their lowest layer, at which each joins the batch."""
-        first, draws = runs[0].layers.start, len(suffix.begins)
+        first, draws = runs[0].layers.start, suffix.rows
         hidden = suffix.inputs(first)[:0]
         for layer in range(first, layers):
             joining = sum(r.layers.start == layer for r in runs)
@@ -127,7 +129,7 @@ class Restorer:
                 ]
                 if sites:
                     rows, tokens = map(list, zip(*sites, strict=True))
-                    at = [suffix.offsets[0] + t for t in tokens]
+                    at = [suffix.spans[0][1].start + t for t in tokens]
                     hooks[component] = _put(rows, at, outputs[layer, offset:][tokens])
             hidden = suffix.run(layer, hidden, hooks)
         return hidden

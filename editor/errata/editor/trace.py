@@ -24,8 +24,10 @@ from errata.editor.errors import CorruptionFailedError, InvalidInputError, Promp
 from errata.editor.memory import Memory
 from errata.editor.model import EditableModel, Encoded
 from errata.editor.prompts import Constraint, Prompt
+from errata.editor.recording import Recording, record
 from errata.editor.restoring import AnswerReader, Probabilities, Restoration, Restorer, window_of
-from errata.editor.states import Component, Recording, Suffix, record
+from errata.editor.states import Component
+from errata.editor.suffix import Suffix
 
 __all__ = [
     "ROLES",

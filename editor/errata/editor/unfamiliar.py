@@ -12,7 +12,9 @@ from torch import Tensor
 from errata.editor.errors import UnknownFamilyError
 from errata.editor.model import EditableModel, Encoded
 from errata.editor.quantization import Quantization, dense_weight, quantization_of
-from errata.editor.states import Component, Recording, Suffix, logits_of, record
+from errata.editor.recording import Recording, record
+from errata.editor.states import Component, logits_of
+from errata.editor.suffix import Suffix
 
 _TOKENS = 8
 _INT8 = 0.05

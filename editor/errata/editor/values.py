@@ -12,15 +12,16 @@ of all the target's tokens, its end included, not of the first alone as in the r
 
 All requests of a batch descend together, from recorded states: only the layers above the edited one are run, and only
 the tokens from the constraint's last on; of the edited layer v* alone changes what joins the residual stream. Rows of
-one picture share its keys and values (`branching`).
+one picture share its keys and values (`branching`) and stand in one row of a batch, so that none is padded.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import groupby
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from errata.editor.answering import answer_rows
@@ -28,8 +29,10 @@ from errata.editor.branching import Trunk, forget_below, trunks_of
 from errata.editor.errors import CancelledError, InvalidInputError, check_numbers
 from errata.editor.memory import Memory
 from errata.editor.model import EditableModel, Encoded, ReadPrompt, same_answer
+from errata.editor.recording import Recording, record
 from errata.editor.requests import Context, EditRequest
-from errata.editor.states import Component, Recording, Suffix, logits_of, record
+from errata.editor.states import Component, logits_of
+from errata.editor.suffix import Suffix
 from errata.editor.trace import Progress
 
 
@@ -120,8 +123,9 @@ def optimise_values(
     forget_below([r.trunk for r in rows], layer + 1)
     start, scales = _start(rows, recordings, layer, len(requests))
     descent = _Descent(start, scales, settings)
-    most = memory.rows(settings.max_rows, _graph_bytes(model, rows, layer))
-    batches = _batches(model, rows, recordings, layer, most)
+    packs = _packs(list(zip(rows, recordings, strict=True)))
+    most = memory.rows(settings.max_rows, _graph_bytes(model, packs, layer))
+    batches = [_RowBatch(model, batch, layer) for batch in _batches(packs, most)]
     counts = _counts(rows, len(requests)).to(model.device)
     for step in range(settings.steps + 1):
         if cancelled and cancelled():
@@ -143,21 +147,27 @@ def optimise_values(
             break
         descent.step(values.grad)
         if newly_done:  # their rows are no longer run
-            batches = [b for b in (b.without(descent.done) for b in batches) if len(b)]
+            batches = [b for batch in batches if (b := batch.without(descent.done))]
     return descent.found()
 
 
-def _graph_bytes(model: EditableModel, rows: Sequence[_Row], layer: int) -> int:
+_Recorded = tuple[_Row, Recording]
+_Pack = list[_Recorded]
+"""Rows that stand in one row of a batch."""
+
+
+def _graph_bytes(model: EditableModel, packs: Sequence[_Pack], layer: int) -> int:
     """About what the graph of the longest row keeps: of each token and layer states, the MLP's inner ones, attention's.
 
     Three times its weights, since scores and their softmax are kept in float32.
     """
     config = model.model.config.get_text_config()
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    longest = max(len(r.encoded.ids) for r in rows)
-    a_token = 16 * config.hidden_size + 5 * inner + 3 * config.num_attention_heads * longest
-    answer = max(len(r.encoded.answer) for r in rows) * 3 * config.vocab_size
-    return 4 * int(max(r.tokens for r in rows) * (len(model.layers) - layer - 1) * a_token + answer)
+    columns = max(max(len(row.encoded.ids) for row, _ in pack) + _tokens(pack) for pack in packs)
+    a_token = 16 * config.hidden_size + 5 * inner + 3 * config.num_attention_heads * columns
+    answer = max(len(row.encoded.answer) for pack in packs for row, _ in pack) * 3 * config.vocab_size
+    tokens = max(row.tokens for pack in packs for row, _ in pack)
+    return 4 * int(tokens * (len(model.layers) - layer - 1) * a_token + answer)
 
 
 class _Descent:
@@ -301,62 +311,83 @@ def _start(
     return outputs / count, (torch.maximum(own, stream) / count).squeeze(1)
 
 
-def _batches(
-    model: EditableModel, rows: Sequence[_Row], recordings: Sequence[Recording], layer: int, limit: int
-) -> list["_RowBatch"]:
-    """Rows of about the same length together, so that little is padded."""
-    order = sorted(range(len(rows)), key=lambda i: rows[i].tokens)
-    parts: list[list[int]] = []
-    for i in order:
-        shortest = rows[parts[-1][0]].tokens if parts else 0
-        if parts and len(parts[-1]) < limit and (len(parts[-1]) < _FEW or rows[i].tokens <= _LONGER * shortest):
-            parts[-1].append(i)
-        else:
-            parts.append([i])
-    return [_RowBatch(model, [(rows[i], recordings[i]) for i in part], layer) for part in parts]
+_PACKED = 64
+"""Tokens up to which rows without a trunk are packed into one: what one sees of the others is masked, not spared."""
 
 
-_FEW, _LONGER = 8, 1.5
-"""Rows below which a batch takes any length, and how much longer than its shortest a row of a larger one may be."""
+def _packs(rows: Sequence[_Recorded]) -> list[_Pack]:
+    """Rows of one trunk, in the order of its stack; others until a pack is as long as the longest, or `_PACKED`."""
+    of_trunks = sorted((r for r in rows if r[0].trunk), key=lambda r: _stacked(r[0]))
+    packs = [list(pack) for _, pack in groupby(of_trunks, key=lambda r: _stacked(r[0]))]
+    alone = sorted((r for r in rows if not r[0].trunk), key=lambda r: -r[0].tokens)
+    bins: list[_Pack] = []
+    for row in alone:
+        room = max(alone[0][0].tokens, _PACKED) - row[0].tokens
+        fitting = next((b for b in bins if _tokens(b) <= room), None)
+        if fitting is None:
+            bins.append(fitting := [])
+        fitting.append(row)
+    return [*packs, *bins]
+
+
+def _batches(packs: Sequence[_Pack], limit: int) -> Iterator[list[_Pack]]:
+    """Packs of one stack, which is not copied for them then, or of none; as many as have `limit` rows."""
+    for _, alike in groupby(packs, key=lambda pack: _stacked(pack[0][0])[0]):
+        batch: list[_Pack] = []
+        for pack in (part for whole in alike for part in _parts(whole, limit)):
+            if sum(map(len, batch)) + len(pack) > limit:
+                yield batch
+                batch = []
+            batch.append(pack)
+        yield batch
+
+
+def _parts(pack: _Pack, limit: int) -> list[_Pack]:
+    return [pack[i : i + limit] for i in range(0, len(pack), limit)]
+
+
+def _stacked(row: _Row) -> tuple[int, int]:
+    """Its trunk's stack, and where in it the trunk is."""
+    return (id(row.trunk.stack), row.trunk.index) if row.trunk else (0, 0)
+
+
+def _tokens(pack: _Pack) -> int:
+    return sum(row.tokens for row, _ in pack)
 
 
 class _RowBatch:
-    """Rows that are run together, with what their answers were before any edit."""
+    """Packs of rows that are run together, with what their answers were before any edit."""
 
-    def __init__(self, model: EditableModel, rows: Sequence[tuple[_Row, Recording]], layer: int) -> None:
-        self._model, self._layer = model, layer
-        # Those of one trunk after another.
-        self._rows = sorted(rows, key=lambda row: (id(t.stack), t.index) if (t := row[0].trunk) else (0, 0))
-        if not rows:
-            return
+    def __init__(self, model: EditableModel, packs: Sequence[_Pack], layer: int) -> None:
+        self._model, self._layer, self._packs = model, layer, packs
+        self._rows = [row for pack in packs for row in pack]
         recordings = [recording for _, recording in self._rows]
-        self._suffix = Suffix(model, recordings, [row.site for row, _ in self._rows])
+        self._suffix = Suffix(model, recordings, [row.site for row, _ in self._rows], [len(pack) for pack in packs])
         self.request = torch.tensor([row.request for row, _ in self._rows], device=model.device)
         self.preserved = torch.tensor([row.preserved for row, _ in self._rows], device=model.device)
         self._entries()
         self._norm: nn.Module = nn.Identity()
         if model.family.normed_mlp(model.model):
             self._norm = model.layers[layer].get_submodule(str(model.family.mlp_norm))
-        sites = torch.tensor(self._suffix.offsets, device=model.device)
-        self._sites = torch.arange(len(recordings), device=model.device), sites
+        in_rows, at = torch.tensor([(n, span.start) for n, span in self._suffix.spans], device=model.device).T
+        self._sites = in_rows, at
         with torch.no_grad():
             self._others = self._suffix.outputs(layer)
             own = torch.stack([r.outputs[Component.MLP][layer, 0] for r in recordings])
             self._joined = self._others[self._sites] - self._norm(own)
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def without(self, done: Tensor) -> "_RowBatch":
-        """The batch without the rows of the requests that are done; itself where that leaves out nothing."""
-        kept = [row for row in self._rows if not done[row[0].request]]
-        return self if len(kept) == len(self._rows) else _RowBatch(self._model, kept, self._layer)
+    def without(self, done: Bool[Tensor, " requests"]) -> "_RowBatch | None":
+        """The batch without the rows of requests that are done; itself where it has none, None if nothing is left."""
+        if not done[self.request.cpu()].any():
+            return self
+        packs = [left for pack in self._packs if (left := [row for row in pack if not done[row[0].request]])]
+        return _RowBatch(self._model, packs, self._layer) if packs else None
 
     def halves(self) -> list["_RowBatch"]:
         """The same rows in two batches, or in one where it is one row."""
-        half = len(self._rows) // 2
-        parts = [part for part in (self._rows[:half], self._rows[half:]) if part]
-        return [_RowBatch(self._model, part, self._layer) for part in parts]
+        packs = self._packs if len(self._packs) > 1 else _parts(self._packs[0], -(-len(self._rows) // 2))
+        half = len(packs) // 2
+        return [_RowBatch(self._model, part, self._layer) for part in (packs[:half], packs[half:]) if part]
 
     def add_losses(
         self,
@@ -386,26 +417,28 @@ class _RowBatch:
         with self._suffix as suffix:
             for layer in range(self._layer + 1, len(self._model.layers)):
                 hidden = suffix.run(layer, hidden)
-        after = logits_of(self._model, hidden[self._row, self._at]).log_softmax(-1)
+        after = logits_of(self._model, hidden[self._predicting]).log_softmax(-1)
         chosen = -after.gather(-1, self._token[:, None]).squeeze(-1)
         divergence = (self._before.exp() * (self._before - after[self._kept])).sum(-1)
         each = chosen.index_put((self._kept,), divergence)
         return torch.zeros(len(self._rows), device=each.device).index_add(0, self._row, each)
 
     def _entries(self) -> None:
-        """For each token of the answers its row, its id and the suffix position that predicts it.
+        """For each token of the answers whose it is, its id and the place that predicts it.
 
         `_kept` are the entries of preserved answers, `_before` what the model said there.
         """
         entries, before = [], []
-        for n, ((row, recording), begin) in enumerate(zip(self._rows, self._suffix.begins, strict=True)):
+        for n, ((row, recording), (in_row, span)) in enumerate(zip(self._rows, self._suffix.spans, strict=True)):
             first, answer = row.encoded.prompt_length - 1, row.encoded.answer.tolist()
-            entries += [(n, first - begin + i, token, row.preserved) for i, token in enumerate(answer)]
+            predicting = span.start + first - row.site
+            entries += [(n, in_row, predicting + i, token, row.preserved) for i, token in enumerate(answer)]
             if row.preserved:
-                at = first - recording.start
-                before.append(recording.outputs[Component.LAYER][-1, at : at + len(answer)])
+                since = first - recording.start
+                before.append(recording.outputs[Component.LAYER][-1, since : since + len(answer)])
         device = self._model.device
-        self._row, self._at, self._token, kept = torch.tensor(entries, device=device).T
+        self._row, in_rows, at, self._token, kept = torch.tensor(entries, device=device).T
+        self._predicting = in_rows, at
         self._kept = kept.nonzero().squeeze(-1)
         with torch.no_grad():
             states = torch.cat(before) if before else self._rows[0][1].outputs[Component.LAYER][-1, :0]

@@ -21,7 +21,8 @@ from errata.editor.measurements.positions import positions
 from errata.editor.measurements.questions import Box, Question
 from errata.editor.model import EditableModel, Encoded
 from errata.editor.prompts import Constraint
-from errata.editor.states import Suffix, record
+from errata.editor.recording import record
+from errata.editor.suffix import Suffix
 
 TEXTS = ("What is this country's capital called?", "Where is this country, and which is its capital?")
 TEXT_PAIRS = ("constraint->question", "constraint->last", "question->last", "question->question")
@@ -151,12 +152,12 @@ def test_blocked_rows_of_mixed_lengths_equal_the_full_model(model: EditableModel
     rows = [model.encode(question(model, text), "Rome") for text in TEXTS]
     starts, layers = [len(row.ids) - n for row, n in zip(rows, (5, 7), strict=True)], len(model.layers)
     suffix = Suffix(model, record(model, rows, starts), starts)
-    blocked = torch.zeros(2, suffix.width, max(starts) + suffix.width, dtype=torch.bool)
+    hidden = suffix.inputs(0)
+    blocked = torch.zeros(2, hidden.shape[1], max(starts) + hidden.shape[1], dtype=torch.bool)
     # Each row's last prompt position may attend neither to token 1 of its prefix nor to the first of its suffix.
     lasts = [row.prompt_length - 1 for row in rows]
     for r, (last, start) in enumerate(zip(lasts, starts, strict=True)):
         blocked[r, last - start, [1, max(starts)]] = True
-    hidden = suffix.inputs(0)
     with suffix, torch.no_grad():
         for index in range(layers):
             hidden = suffix.run(index, hidden, blocked=blocked)

@@ -27,9 +27,10 @@ from errata.editor.measurements.intervals import INTERVAL, extreme, line
 from errata.editor.measurements.positions import Pair, positions
 from errata.editor.measurements.questions import Cancelled, Progress, Question, answered
 from errata.editor.model import EditableModel, Encoded
+from errata.editor.recording import Recording, record
 from errata.editor.report.wording import counted
 from errata.editor.restoring import AnswerReader, Probabilities, window_of
-from errata.editor.states import Recording, Suffix, record
+from errata.editor.suffix import Suffix
 
 _SHARE = 9 / 32
 """The papers' window of 9 layers as a share of their 32-layer models' depth."""
@@ -252,7 +253,7 @@ def _knocked_out(
     for start, of in blocks.starts().items():
         sites = [(pair, layer) for layer in range(layers) for pair in of]
         suffix = Suffix(model, [blocks.clean], [start])
-        masks = {pair: blocks.mask(pair, suffix.begins[0]).to(model.device) for pair in of}
+        masks = {pair: blocks.mask(pair, suffix.begin).to(model.device) for pair in of}
         with suffix, torch.no_grad():
             for i in range(0, len(sites), settings.max_rows):
                 if cancelled and cancelled():

@@ -18,8 +18,9 @@ from errata.editor.measurements.findings import Findings, LinePlot, Number, Tabl
 from errata.editor.measurements.intervals import INTERVAL, bootstrap_means, bounded, line
 from errata.editor.measurements.questions import Cancelled, Progress, Question, answered
 from errata.editor.model import EditableModel, Encoded, by_length
+from errata.editor.recording import record
 from errata.editor.report.wording import counted
-from errata.editor.states import Component, logits_of, record
+from errata.editor.states import Component, logits_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,9 +31,11 @@ from errata.editor.measurements.questions import (
     trace_each,
 )
 from errata.editor.model import EditableModel
+from errata.editor.recording import Recording, record
 from errata.editor.report.wording import COMPONENTS, counted
 from errata.editor.restoring import Probabilities, Restoration, Restorer, window_of
-from errata.editor.states import Component, Recording, Suffix, changed_output, record
+from errata.editor.states import Component, changed_output
+from errata.editor.suffix import Suffix
 from errata.editor.trace import AveragedTrace, CausalTrace, CleanRun, average
 
 _PLACES = {"constraint last": "constraint's last token", "last": "prompt's last token"}

@@ -24,9 +24,10 @@ from errata.editor.measurements.intervals import number
 from errata.editor.measurements.promoted import LayerReadout, Promoted, Reader, State
 from errata.editor.measurements.questions import Cancelled, Progress, Question, asked
 from errata.editor.model import EditableModel, Encoded
+from errata.editor.recording import record
 from errata.editor.report.wording import MISSING, counted, plain
 from errata.editor.requests import Context
-from errata.editor.states import Component, record
+from errata.editor.states import Component
 
 _OUTPUTS = ("output before", "written change", "output after")
 """v of the model as it is given, ΔW k, v of the edited model: what is read, in this order."""

@@ -31,9 +31,10 @@ from errata.editor.measurements.swept import SweepResult, SweepSettings
 from errata.editor.methods import EditSettings, check_settings, edit, solve_layer
 from errata.editor.mixed import MixedDeltas, version_factors
 from errata.editor.model import EditableModel, by_length, same_answer
+from errata.editor.recording import record
 from errata.editor.report.wording import counted
 from errata.editor.requests import EditRequest, check_batch
-from errata.editor.states import Component, record
+from errata.editor.states import Component
 from errata.editor.statistics import KeyStatistics
 from errata.editor.trace import AveragedTrace
 from errata.editor.values import Value, optimise_values

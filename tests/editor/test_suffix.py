@@ -1,4 +1,4 @@
-"""Recorded states, and runs that start from them, against the full model (module docstring of `states`)."""
+"""Recorded states, and runs that start from them, against the full model (modules `recording`, `suffix`)."""
 
 import oracle
 import pytest
@@ -8,7 +8,9 @@ from tiny import picture, question, random_delta, tiny_model
 from errata.editor.delta import applied
 from errata.editor.model import EditableModel, Encoded
 from errata.editor.prompts import Prompt
-from errata.editor.states import Component, Recording, Suffix, changed_output, record
+from errata.editor.recording import Recording, record
+from errata.editor.states import Component, changed_output
+from errata.editor.suffix import Suffix
 
 TEXTS = ("What is the capital of this country?", "Where are we?", "What is this country?", "Where is that capital?")
 
@@ -28,14 +30,17 @@ def starts_of(rows: list[Encoded]) -> list[int]:
     return [len(row.ids) - 4 - n % 4 for n, row in enumerate(rows)]
 
 
-def climbed(model: EditableModel, recordings: list[Recording], starts: list[int], layer: int) -> list[torch.Tensor]:
+def climbed(
+    model: EditableModel, recordings: list[Recording], starts: list[int], layer: int, packed: list[int] | None = None
+) -> list[torch.Tensor]:
     """The logits of a suffix run from `layer` up, padding cut off."""
-    suffix = Suffix(model, recordings, starts)
+    suffix = Suffix(model, recordings, starts, packed)
     hidden = suffix.inputs(layer)
     with suffix, torch.no_grad():
         for index in range(layer, len(model.layers)):
             hidden = suffix.run(index, hidden)
-        return [row[:n] for row, n in zip(suffix.logits(hidden), suffix.lengths, strict=True)]
+        logits = suffix.logits(hidden)
+    return [logits[row, span] for row, span in suffix.spans]
 
 
 def test_several_rows_continue_each_recording_in_turn(model: EditableModel) -> None:
@@ -48,8 +53,8 @@ def test_several_rows_continue_each_recording_in_turn(model: EditableModel) -> N
         for layer in range(1, len(model.layers)):
             once, thrice = suffix.run(layer, once), suffix.run(layer, thrice)
     for n, row in enumerate(thrice):
-        recording = n % len(rows)
-        close(row[: suffix.lengths[recording]], once[recording, : suffix.lengths[recording]])
+        recording, span = suffix.spans[n % len(rows)]
+        close(row[span], once[recording, span])
 
 
 def test_a_recording_holds_what_the_full_model_computed(model: EditableModel) -> None:
@@ -89,6 +94,29 @@ def test_rows_of_mixed_lengths_continued_together_equal_the_full_model(model: Ed
     found = climbed(model, record(model, rows, starts), starts, layer)
     for row, start, logits in zip(rows, starts, found, strict=True):
         close(logits, oracle.logits(model, row)[start:])
+
+
+@pytest.mark.parametrize("packed", [[4], [1, 3], [2, 2], [3, 1]])
+@pytest.mark.parametrize("layer", [0, 2])
+def test_rows_packed_into_one_see_nothing_of_one_another(model: EditableModel, layer: int, packed: list[int]) -> None:
+    rows = rows_of(model)
+    starts = starts_of(rows)
+    found = climbed(model, record(model, rows, starts), starts, layer, packed)
+    for row, start, logits in zip(rows, starts, found, strict=True):
+        close(logits, oracle.logits(model, row)[start:])
+
+
+def test_several_rows_continue_each_pack_in_turn(model: EditableModel) -> None:
+    rows = rows_of(model)
+    starts = starts_of(rows)
+    suffix = Suffix(model, record(model, rows, starts), starts, [1, 3])
+    once = suffix.inputs(1)
+    twice = once.repeat(2, 1, 1)
+    with suffix, torch.no_grad():
+        for layer in range(1, len(model.layers)):
+            once, twice = suffix.run(layer, once), suffix.run(layer, twice)
+    for recording, span in suffix.spans:
+        close(twice[suffix.rows + recording, span], once[recording, span])
 
 
 def test_a_run_can_start_later_than_its_recording_does(model: EditableModel) -> None:
@@ -135,7 +163,7 @@ def test_a_value_added_to_a_rows_first_token_equals_a_hook_on_the_full_model(
     for r, (row, start) in enumerate(zip(rows, starts, strict=True)):
         change = oracle.block(model, component.value, layer), oracle.add(start, values[r])
         expected = oracle.logits(model, row, [change])[start:]
-        close(logits[r, : suffix.lengths[r]], expected)
+        close(logits[r, suffix.spans[r][1]], expected)
 
 
 def test_gradients_through_a_suffix_equal_gradients_through_the_full_model(model: EditableModel) -> None:
