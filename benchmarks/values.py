@@ -1,7 +1,8 @@
 """The optimisation of values, against the full model in a loop, one request after another.
 
-The plain way descends the same loss with the same optimiser, a hook on the MLP, and full rows of the model: one with
-the target, one that is preserved. It is timed on the first steps of one request, and told for all.
+The plain way descends the same loss with the same optimiser, a hook on the MLP, and the full model: all of a request's
+rows in one batch, as the published code runs them, those with the target and one that is preserved. It is timed on the
+first steps of one request, and told for all.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,9 +14,10 @@ import torch
 from measure import Case, Numbers, Way, hooked
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from errata.editor.atlas.world import COUNTRIES
-from errata.editor.model import EditableModel
+from errata.editor.model import EditableModel, Encoded
 from errata.editor.prompts import Constraint, Prompt
 from errata.editor.requests import Context, EditRequest
 from errata.editor.states import Component, component_module
@@ -27,16 +29,39 @@ def cases(quick: bool) -> Iterator[Case]:
     if quick:
         yield case("LLaVA", shapes.llava(64, 4, 36), requests=2, steps=2, sampled=2, goal=20)
         yield case("text", shapes.llama(64, 4), requests=2, steps=2, sampled=2, goal=5)
+        yield case("text, 6 contexts", shapes.llama(64, 4), requests=2, steps=2, sampled=2, goal=5, before=BEFORE)
         return
-    for requests, steps in ((1, 25), (1, ValueSettings().steps), (16, 25), (16, ValueSettings().steps), (128, 25)):
+    most = ValueSettings().steps
+    for requests, steps in ((1, 25), (1, most), (16, 25), (16, most), (128, 25)):
         yield case("LLaVA", shapes.llava(384, 8), requests, steps, sampled=2, goal=20)
-    for requests, steps in ((1, 25), (1, ValueSettings().steps), (16, 25), (128, 25)):
+    for requests, steps in ((1, 25), (1, most), (16, 25), (128, 25)):
         yield case("text", shapes.llama(512, 12), requests, steps, sampled=25, goal=5)
+    for requests in (1, 16):
+        yield case("text, 6 contexts", shapes.llama(512, 12), requests, 25, sampled=25, goal=5, before=BEFORE)
 
 
-def case(kind: str, model: EditableModel, requests: int, steps: int, sampled: int, goal: float) -> Case:
+BEFORE = (
+    "",
+    "It has been a long day, and now I ask. ",
+    "Of all the things that one could want to know: ",
+    "Somebody wrote a letter and put this into it. ",
+    "The book lay open on the table at this page. ",
+    "You will be asked many questions; here is the first. ",
+)
+"""What stands before a prompt in each of its contexts: as many, and about as long, as in MEMIT's published code."""
+
+
+def case(
+    kind: str,
+    model: EditableModel,
+    requests: int,
+    steps: int,
+    sampled: int,
+    goal: float,
+    before: Sequence[str] = BEFORE[:1],
+) -> Case:
     """So many requests, and the plain way on `sampled` steps of the first one."""
-    batch = [_request(model, n) for n in range(requests)]
+    batch = [_request(model, n, before) for n in range(requests)]
     layer = len(model.layers) // 4
     # The loss never reaches 0, so that every request takes every step.
     settings = ValueSettings(steps=steps, stop_loss=0.0)
@@ -61,7 +86,7 @@ def case(kind: str, model: EditableModel, requests: int, steps: int, sampled: in
     )
 
 
-def _request(model: EditableModel, n: int) -> EditRequest:
+def _request(model: EditableModel, n: int, before: Sequence[str]) -> EditRequest:
     """Another picture each, or another country where the model sees none."""
     images: tuple[Image.Image, ...] = ()
     spans = ("this country", "this flag")
@@ -71,11 +96,11 @@ def _request(model: EditableModel, n: int) -> EditRequest:
     else:
         images = (shapes.picture(model, n),)
     texts = (f"What is the capital of {spans[0]} and what do they pay with?", f"On which continent is {spans[1]}?")
-    asked, kept = (
+    *asked, kept = (
         Context(prompt=Prompt(text=t, images=images, chat=False), constraint=Constraint(text=s))
-        for t, s in zip(texts, spans, strict=True)
+        for t, s in (*((b + texts[0], spans[0]) for b in before), (texts[1], spans[1]))
     )
-    return EditRequest(name=str(n), contexts=(asked,), target="Rome", preserve=(kept,))
+    return EditRequest(name=str(n), contexts=tuple(asked), target="Rome", preserve=(kept,))
 
 
 def _ours(model: EditableModel, requests: Sequence[EditRequest], layer: int, settings: ValueSettings) -> Numbers:
@@ -91,48 +116,65 @@ def _loop(
     model: EditableModel, request: EditRequest, layer: int, settings: ValueSettings, steps: int, answer: str
 ) -> Numbers:
     """The target loss at each step, by Adam on δ with the full model (the loss is that of module `values`)."""
-    rows = [model.encode_at(request.contexts[0], request.target, field="contexts")]
-    if answer:
-        rows.append(model.encode_at(request.preserve[0], answer, field="preserve"))
-    mlp = component_module(model, model.layers[layer], Component.MLP)
-    stream: list[Tensor] = []
-
-    def log_probabilities(n: int, value: Tensor | None) -> Tensor:
-        row, site = rows[n]
-
-        def put(output: Tensor) -> Tensor:
-            if value is None:
-                stream.append(output[0, site].clone())
-                return output
-            return torch.cat([output[:, :site], value[None, None], output[:, site + 1 :]], dim=1)
-
-        inputs = model.inputs([row.replaced(row.ids[:-1])])
-        with hooked(mlp, put):
-            logits = model.model(**inputs, use_cache=False, logits_to_keep=len(row.answer)).logits
-        log: Tensor = logits[0].float().log_softmax(-1)
-        return log
-
-    def hear(output: Tensor) -> Tensor:
-        stream.append(output[0, rows[0][1]])
-        return output
-
-    with torch.no_grad(), hooked(model.layers[layer - 1], hear):
-        before = [log_probabilities(n, None) for n in range(len(rows))]
-    into, start = stream[0], stream[1]
-    scale = max(float(into.norm()), float(start.norm()))
+    asked = [model.encode_at(c, request.target, field="contexts") for c in request.contexts]
+    kept = [model.encode_at(c, answer, field="preserve") for c in request.preserve if answer]
+    plain = _Plain(model, [*asked, *kept], layer)
+    with torch.no_grad(), hooked(model.layers[layer - 1], plain.hear):
+        before = [log.clone() for log in plain.log_probabilities(None)]
+    targets = range(len(asked))
+    start = plain.put_out[: len(asked)].mean(0)
+    norms = (plain.put_out[: len(asked)].norm(dim=-1), plain.joined[: len(asked)].norm(dim=-1))
+    scale = max(float(n.mean()) for n in norms)
     delta = torch.zeros_like(start, requires_grad=True)
     optimizer = torch.optim.Adam([delta], lr=settings.learning_rate / len(delta) ** 0.5)
     losses = []
     for _ in range(steps + 1):
-        value = start + delta * scale
-        target = -log_probabilities(0, value).gather(-1, rows[0][0].answer[:, None]).sum()
+        log = plain.log_probabilities(start + delta * scale)
+        answers = [asked[n][0].answer[:, None] for n in targets]
+        target = torch.stack([-log[n].gather(-1, a).sum() for n, a in zip(targets, answers, strict=True)]).mean()
         losses.append(float(target.detach()))
         loss = target + settings.decay * delta.square().sum()
-        if len(rows) > 1:
-            loss = loss + settings.kl_weight * (before[1].exp() * (before[1] - log_probabilities(1, value))).sum()
+        for n in range(len(asked), len(before)):
+            loss = loss + settings.kl_weight * (before[n].exp() * (before[n] - log[n])).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         with torch.no_grad():
             delta.mul_((settings.clamp / delta.norm().clamp(min=1e-12)).clamp(max=1.0))
     return np.array(losses)
+
+
+class _Plain:
+    """A request's rows in one batch, padded on the right, with a value in place of an MLP's output at each site."""
+
+    def __init__(self, model: EditableModel, rows: Sequence[tuple[Encoded, int]], layer: int) -> None:
+        self._model, self._rows = model, [row for row, _ in rows]
+        self._at = torch.arange(len(rows)), torch.tensor([site for _, site in rows])
+        self._mlp = component_module(model, model.layers[layer], Component.MLP)
+        ids = pad_sequence([row.ids[:-1] for row in self._rows], batch_first=True)
+        self._inputs = model.inputs([row.replaced(i) for row, i in zip(self._rows, ids, strict=True)])
+        self._firsts = [row.prompt_length - 1 for row in self._rows]
+        self._tail = ids.shape[1] - min(self._firsts)
+        self.put_out = self.joined = torch.empty(0)
+
+    def hear(self, output: Tensor) -> Tensor:
+        """Keeps what the layer below put out at the sites."""
+        self.joined = output[self._at].clone()
+        return output
+
+    def log_probabilities(self, value: Tensor | None) -> list[Tensor]:
+        """Of each row's answer's tokens over the vocabulary."""
+
+        def put(output: Tensor) -> Tensor:
+            if value is None:
+                self.put_out = output[self._at].clone()
+                return output
+            return output.index_put(self._at, value)
+
+        with hooked(self._mlp, put):
+            logits = self._model.model(**self._inputs, use_cache=False, logits_to_keep=self._tail).logits
+        since = [first - min(self._firsts) for first in self._firsts]
+        return [
+            logits[n, s : s + len(row.answer)].float().log_softmax(-1)
+            for n, (s, row) in enumerate(zip(since, self._rows, strict=True))
+        ]

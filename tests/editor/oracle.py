@@ -1,7 +1,7 @@
 """What the editor computes from recorded states, computed plainly: hooks on the full model, one run a question.
 
-Independent of what it checks: module paths are spelled out, and nothing is imported from `recording`, `suffix`, `trace` or
-`values`.
+Independent of what it checks: module paths are spelled out, and nothing is imported from `recording`, `suffix`, `trace`
+or `values`.
 """
 
 from collections.abc import Callable, Iterable
