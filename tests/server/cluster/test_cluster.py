@@ -18,6 +18,7 @@ import torch
 import yaml
 from google.rpc import error_details_pb2, status_pb2
 from hosting import BASE, SECONDS, Hosted, Stubs, generate_message, hosting, question, refused
+from pydantic import SecretStr, ValidationError
 from ray.exceptions import ActorDiedError, AuthenticationError, OutOfMemoryError
 from ray.serve import Application
 from ray.serve.schema import ServeDeploySchema
@@ -28,7 +29,7 @@ from errata.editor.atlas.facts import errata, probes, trace_requests
 from errata.editor.atlas.world import Attribute
 from errata.editor.checkpoints import load_model
 from errata.editor.delta import Delta, LowRank, applied, weight_of
-from errata.editor.errors import ConstraintNotFoundError, InvalidInputError
+from errata.editor.errors import CancelledError, ConstraintNotFoundError, InvalidInputError, ModelError
 from errata.editor.evaluation import evaluate
 from errata.editor.model import EditableModel
 from errata.editor.prompts import Constraint
@@ -43,7 +44,7 @@ from errata.server.cluster.sharding import ModelSource, sharded_evaluation, shar
 from errata.server.cluster.studies import on_cluster
 from errata.server.cluster.workers import LOST, Worker, Workers, WorkerSettings
 from errata.server.errors import LedgerUnavailableError
-from errata.server.settings import Settings, SettingsError
+from errata.server.settings import ModelSettings, Settings, SettingsError
 from errata.server.studies.command import studies
 from errata.server.studies.format import read_study
 from errata.server.studies.plan import Cell, plan
@@ -86,7 +87,19 @@ def test_a_cluster_that_is_not_there_is_said_to_be_missing() -> None:
 def test_a_cluster_that_refuses_or_cannot_be_reached_this_way_says_what_to_give() -> None:
     for error in (AuthenticationError("no token"), ConnectionError("Failed to connect")):
         assert "RAY_AUTH_TOKEN" in str(_refused("auto", error))
+    other = str(_refused("auto", RuntimeError("Version mismatch: The cluster was started with: Ray: 2.9.0")))
+    assert "has another release" in other
+    assert "there is no" not in other
     with pytest.raises(ClusterError, match="with auto or HOST:PORT"), connected(ClusterSettings(address="ray://a:1")):
+        pass
+    for address in ("", "nonsense", "host:port", "host:99999", ":6379"):
+        with pytest.raises(ClusterError, match="is no cluster; give auto"), connected(ClusterSettings(address=address)):
+            pass
+
+
+def test_a_head_that_is_gone_is_missing_at_once_where_auto_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(ClusterError, match="no Ray cluster at 'auto'"), connected(ClusterSettings(address="auto")):
         pass
 
 
@@ -119,13 +132,45 @@ def test_workers_need_something_to_work_with() -> None:
             WorkerSettings(**given)  # type: ignore[arg-type]
 
 
+def test_gpus_are_whole_ones_or_a_part_of_one() -> None:
+    assert [WorkerSettings(workers=1, gpus=gpus).gpus for gpus in (0, 0.25, 1, 2)] == [0, 0.25, 1, 2]
+    for gpus in (1.5, 0.00001):
+        with pytest.raises(InvalidInputError, match=r"a part of one|at least") as caught:
+            WorkerSettings(workers=1, gpus=gpus)
+        assert caught.value.field == "gpus"
+        with pytest.raises(ValidationError, match="gpus is"):
+            ReplicaSettings(gpus=gpus)
+
+
+@pytest.mark.slow
+def test_a_worker_whose_weights_are_others_is_refused(atlas: EditableModel) -> None:
+    assert ModelSource(base_sha256=atlas.base_sha256)().base_sha256 == atlas.base_sha256
+    with pytest.raises(ModelError, match="give all nodes the same"):
+        ModelSource(base_sha256="of the server")()
+
+
 def test_replicas_need_leave_to_listen_everywhere_and_the_servers_folder(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="insecure_ok = true"):
         bound(Settings(data_dir=tmp_path), ReplicaSettings())
-    with pytest.raises(SettingsError, match="data_dir is 'errata-data'; give its full path"):
+    with pytest.raises(SettingsError, match="data_dir is 'errata-data'; give full paths"):
         bound(Settings(insecure_ok=True), ReplicaSettings())
     with pytest.raises(ClusterError, match="give all nodes the server's data_dir"):
         Replica(Settings(data_dir=tmp_path / "gone"))
+
+
+def test_replicas_need_full_paths(tmp_path: Path) -> None:
+    hub = ModelSettings(source="llava-hf/llava-1.5-7b-hf")
+    base = {"insecure_ok": True, "data_dir": tmp_path, "models": {"llava": hub}}
+    bound(Settings(**base), ReplicaSettings())
+    for wrong in (
+        {"image_folders": (tmp_path, Path("flags"))},
+        {"ledger_url": SecretStr("sqlite:///ledger.sqlite")},
+        {"models": {"llava": ModelSettings(source="./llava")}},
+    ):
+        with pytest.raises(SettingsError, match="give full paths") as caught:
+            bound(Settings(**base | wrong), ReplicaSettings())
+        assert str(caught.value).startswith(next(iter(wrong)))
+        assert str(caught.value).count(" is ") == 1
 
 
 def test_the_example_is_a_configuration_that_serve_takes_and_builds_the_application(tmp_path: Path) -> None:
