@@ -82,8 +82,8 @@ class Worker(Generic[M]):
 class Workers(Generic[M]):
     """So many workers, each with what `opened` gives; as a `with`, inside `connected`, for one thread.
 
-    Opens with the first of them; the others join as they have opened, so that two runs that share a cluster never wait
-    for each other. `opened` and tasks travel by cloudpickle. `told` is called with a line for people where a worker
+    Opens with the first of them; the others join as they have opened, so that of two runs that share a cluster neither
+    holds workers that wait for the other's. `opened` and tasks travel by cloudpickle. `told` is called with a line for people where a worker
     died or could not be opened, and where the cluster has too little room. Raises the error that `opened` raised in
     the first, WorkerLostError where that died of it.
 
