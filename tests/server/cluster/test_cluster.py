@@ -104,7 +104,8 @@ def test_a_head_that_is_gone_is_missing_at_once_where_auto_names_it(monkeypatch:
 
 
 def test_what_nobody_foresaw_is_handed_back_and_its_worker_lives_on(caplog: pytest.LogCaptureFixture) -> None:
-    worker = Worker(deeds.nothing)
+    worker = Worker[None]()
+    assert worker.open(deeds.nothing) is None
     fault = worker.work(deeds.as_told, 7, "fail")
     assert isinstance(fault, Fault)
     assert isinstance(fault.error, WorkFailedError)
@@ -326,7 +327,7 @@ def test_traces_and_an_evaluation_over_two_workers_are_those_of_one_process(atla
 def test_a_shard_whose_worker_died_is_done_by_another_and_one_that_kills_twice_ends_alone(tmp_path: Path) -> None:
     told: list[str] = []
     # The third has no room as long as the others live, and nobody waits for it.
-    with Workers(deeds.nothing, WorkerSettings(workers=3), told=told.append) as workers:
+    with Workers(deeds.Looked(), WorkerSettings(workers=3), told=told.append) as workers:
         assert told.pop() == "3 workers need 3 CPU, and the cluster has 2; those without room wait for it"
         assert lacking_for(TWO, 2) == ""
         assert lacking_for(WorkerSettings(workers=1, gpus=0.5), 1) == "1 worker needs 0.5 GPU, and the cluster has 0"

@@ -5,6 +5,7 @@ Every shard ends exactly once, with its result, its own error, WorkFailedError o
 """
 
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -64,13 +65,20 @@ class Ended(Generic[R]):
 
 
 class Worker(Generic[M]):
-    """What runs in a worker's process. Errors are handed back, so that their worker lives on."""
+    """What runs in a worker's process. Errors are handed back, so that their worker lives on.
 
-    def __init__(self, opened: Callable[[], M]) -> None:
-        self._held: M | Fault = _tried("what it needs could not be opened", opened)
+    `hide_gpus`: Ray leaves all of them visible to a process without a share of one. A runtime environment would hide
+    them, too, but takes a new process in place of one that Ray has ready.
+    """
 
-    def fault(self) -> Fault | None:
-        """Why it cannot work; waits until that is known."""
+    def __init__(self, *, hide_gpus: bool = False) -> None:
+        if hide_gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # CUDA reads it once, maybe as soon as torch is imported
+        self._held: M | Fault = Fault.of(WorkFailedError("nothing was opened"))
+
+    def open(self, opened: Callable[[], M]) -> Fault | None:
+        """Opens what it holds. Why it cannot work; None: it can."""
+        self._held = _tried("what it needs could not be opened", opened)
         return self._held if isinstance(self._held, Fault) else None
 
     def work(self, task: Callable[[M, S], R], shard: int, given: S) -> R | Fault:
@@ -83,9 +91,9 @@ class Workers(Generic[M]):
     """So many workers, each with what `opened` gives; as a `with`, inside `connected`, for one thread.
 
     Opens with the first of them; the others join as they have opened, so that of two runs that share a cluster neither
-    holds workers that wait for the other's. `opened` and tasks travel by cloudpickle. `told` is called with a line for people where a worker
-    died or could not be opened, and where the cluster has too little room. Raises the error that `opened` raised in
-    the first, WorkerLostError where that died of it.
+    holds workers that wait for the other's. `opened` and tasks travel by cloudpickle. `told` is called with a line for
+    people where a worker died or could not be opened, and where the cluster has too little room. Raises the error that
+    `opened` raised in the first, WorkerLostError where that died of it.
 
     Shards are given out by `ray.wait`, not Ray's ActorPool: that knows a dead worker only by the id that its error
     carries, which most of LOST do not, and would give shards to a replacement before that has opened anything.
@@ -206,11 +214,9 @@ class Workers(Generic[M]):
 
     def _start(self) -> None:
         settings = self._settings
-        # Without a share of one Ray leaves all GPUs visible.
-        hidden = {} if settings.gpus else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
-        made = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus, runtime_env=hidden)(Worker)
-        actor: Any = made.remote(self._opened)
-        self._opening[actor.fault.remote()] = actor
+        made = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus)(Worker)
+        actor: Any = made.remote(hide_gpus=not settings.gpus)
+        self._opening[actor.open.remote(self._opened)] = actor
 
 
 def lacking_for(settings: WorkerSettings, workers: int) -> str:
