@@ -27,6 +27,15 @@ def main() -> None:
     parser.add_argument("versions", nargs="+")
     parser.add_argument("--n", type=int, default=150, help="calls in turns, and of each version")
     given = parser.parse_args()
+    if given.n < 2:
+        parser.error("--n is at least 2: one call has no quartiles")
+    try:
+        measure(given)
+    except grpc.RpcError as error:
+        parser.exit(1, f"{error.code().name}: {error.details()}\n")
+
+
+def measure(given: argparse.Namespace) -> None:
     with grpc.insecure_channel(given.server) as plain, grpc.insecure_channel(given.replicas) as served:
         compare(plain, served, given.versions[0], given.n)
         spread(served, given.versions, given.n)

@@ -19,6 +19,23 @@ def nothing() -> None:
     return None
 
 
+class Looked:
+    """Opens the GPUs that its worker saw when it was sent there, before anything of it could be imported."""
+
+    def __init__(self, seen: str = "all") -> None:
+        self._seen = seen
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _looked, ()
+
+    def __call__(self) -> str:
+        return self._seen
+
+
+def _looked() -> Looked:
+    return Looked(os.environ.get("CUDA_VISIBLE_DEVICES", "all"))
+
+
 def opens_twice(marks: Path) -> None:
     """Opens for two workers, and for none after them."""
     for n in range(2):
@@ -33,7 +50,7 @@ def refuses() -> None:
     raise InvalidInputError("there is nothing here; look elsewhere", field="source")
 
 
-def once_deadly(_held: None, marks: Path) -> int:
+def once_deadly(_held: str | None, marks: Path) -> int:
     """Kills the first worker that takes it."""
     try:
         (marks / "killed").touch(exist_ok=False)
@@ -42,7 +59,7 @@ def once_deadly(_held: None, marks: Path) -> int:
     os._exit(1)
 
 
-def as_told(_held: None, told: str) -> object:
+def as_told(held: str | None, told: str) -> object:
     """Answers, refuses, fails, or kills its worker."""
     if told == "die":
         os._exit(1)
@@ -51,7 +68,7 @@ def as_told(_held: None, told: str) -> object:
     if told == "fail":
         raise RuntimeError("CUDA error: an illegal access")
     if told == "look":
-        return os.environ["CUDA_VISIBLE_DEVICES"]
+        return held
     if told == "refuse":
         raise InvalidInputError("no", field="told")
     return told

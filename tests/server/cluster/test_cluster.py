@@ -18,6 +18,7 @@ import torch
 import yaml
 from google.rpc import error_details_pb2, status_pb2
 from hosting import BASE, SECONDS, Hosted, Stubs, generate_message, hosting, question, refused
+from pydantic import SecretStr, ValidationError
 from ray.exceptions import ActorDiedError, AuthenticationError, OutOfMemoryError
 from ray.serve import Application
 from ray.serve.schema import ServeDeploySchema
@@ -28,7 +29,7 @@ from errata.editor.atlas.facts import errata, probes, trace_requests
 from errata.editor.atlas.world import Attribute
 from errata.editor.checkpoints import load_model
 from errata.editor.delta import Delta, LowRank, applied, weight_of
-from errata.editor.errors import ConstraintNotFoundError, InvalidInputError
+from errata.editor.errors import CancelledError, ConstraintNotFoundError, InvalidInputError, ModelError
 from errata.editor.evaluation import evaluate
 from errata.editor.model import EditableModel
 from errata.editor.prompts import Constraint
@@ -41,9 +42,9 @@ from errata.server.cluster.replica import Replica
 from errata.server.cluster.serving import NAME, SERVICERS, ReplicaSettings, application, bound, serving
 from errata.server.cluster.sharding import ModelSource, sharded_evaluation, sharded_traces
 from errata.server.cluster.studies import on_cluster
-from errata.server.cluster.workers import LOST, Worker, Workers, WorkerSettings
+from errata.server.cluster.workers import LOST, Ended, Worker, Workers, WorkerSettings, lacking_for
 from errata.server.errors import LedgerUnavailableError
-from errata.server.settings import Settings, SettingsError
+from errata.server.settings import ModelSettings, Settings, SettingsError
 from errata.server.studies.command import studies
 from errata.server.studies.format import read_study
 from errata.server.studies.plan import Cell, plan
@@ -51,7 +52,7 @@ from errata.server.studies.results import Place
 from errata.server.studies.running import Outcome, measure_cell
 from errata.v1 import inference_pb2
 
-TWO = WorkerSettings(workers=2)
+ONE, TWO = WorkerSettings(workers=1), WorkerSettings(workers=2)
 FEW = TraceSettings(components=(Component.MLP,))
 
 
@@ -86,12 +87,25 @@ def test_a_cluster_that_is_not_there_is_said_to_be_missing() -> None:
 def test_a_cluster_that_refuses_or_cannot_be_reached_this_way_says_what_to_give() -> None:
     for error in (AuthenticationError("no token"), ConnectionError("Failed to connect")):
         assert "RAY_AUTH_TOKEN" in str(_refused("auto", error))
+    other = str(_refused("auto", RuntimeError("Version mismatch: The cluster was started with: Ray: 2.9.0")))
+    assert "has another release" in other
+    assert "there is no" not in other
     with pytest.raises(ClusterError, match="with auto or HOST:PORT"), connected(ClusterSettings(address="ray://a:1")):
+        pass
+    for address in ("", "nonsense", "host:port", "host:99999", ":6379"):
+        with pytest.raises(ClusterError, match="is no cluster; give auto"), connected(ClusterSettings(address=address)):
+            pass
+
+
+def test_a_head_that_is_gone_is_missing_at_once_where_auto_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(ClusterError, match="no Ray cluster at 'auto'"), connected(ClusterSettings(address="auto")):
         pass
 
 
 def test_what_nobody_foresaw_is_handed_back_and_its_worker_lives_on(caplog: pytest.LogCaptureFixture) -> None:
-    worker = Worker(deeds.nothing)
+    worker = Worker[None]()
+    assert worker.open(deeds.nothing) is None
     fault = worker.work(deeds.as_told, 7, "fail")
     assert isinstance(fault, Fault)
     assert isinstance(fault.error, WorkFailedError)
@@ -107,6 +121,20 @@ def test_shards_of_an_evaluation_have_probes() -> None:
     assert caught.value.field == "probes_per_shard"
 
 
+class Differing:
+    """Workers of which each holds another checkpoint."""
+
+    def map(self, _task: object, shards: Sequence[object]) -> Iterator[Ended[tuple[str, str]]]:
+        return (Ended(shard=i, outcome=(f"base {i}", "a trace")) for i in range(len(shards)))
+
+
+def test_traces_of_two_checkpoints_are_not_mixed() -> None:
+    one, two = trace_requests(2)
+    assert sharded_traces(Differing(), [one]) == ["a trace"]  # type: ignore[arg-type, comparison-overlap]
+    with pytest.raises(ClusterError, match="are base 0 and base 1; give all nodes the same"):
+        sharded_traces(Differing(), [one, two])  # type: ignore[arg-type]
+
+
 def test_workers_load_a_model_as_it_is_said_to_be_quantised() -> None:
     with pytest.raises(InvalidInputError) as caught:
         ModelSource(quantization="of our own")()  # type: ignore[arg-type]
@@ -119,13 +147,45 @@ def test_workers_need_something_to_work_with() -> None:
             WorkerSettings(**given)  # type: ignore[arg-type]
 
 
+def test_gpus_are_whole_ones_or_a_part_of_one() -> None:
+    assert [WorkerSettings(workers=1, gpus=gpus).gpus for gpus in (0, 0.25, 1, 2)] == [0, 0.25, 1, 2]
+    for gpus in (1.5, 0.00001):
+        with pytest.raises(InvalidInputError, match=r"a part of one|at least") as caught:
+            WorkerSettings(workers=1, gpus=gpus)
+        assert caught.value.field == "gpus"
+        with pytest.raises(ValidationError, match="gpus is"):
+            ReplicaSettings(gpus=gpus)
+
+
+@pytest.mark.slow
+def test_a_worker_whose_weights_are_others_is_refused(atlas: EditableModel) -> None:
+    assert ModelSource(base_sha256=atlas.base_sha256)().base_sha256 == atlas.base_sha256
+    with pytest.raises(ModelError, match="give all nodes the same"):
+        ModelSource(base_sha256="of the server")()
+
+
 def test_replicas_need_leave_to_listen_everywhere_and_the_servers_folder(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="insecure_ok = true"):
         bound(Settings(data_dir=tmp_path), ReplicaSettings())
-    with pytest.raises(SettingsError, match="data_dir is 'errata-data'; give its full path"):
+    with pytest.raises(SettingsError, match="data_dir is 'errata-data'; give full paths"):
         bound(Settings(insecure_ok=True), ReplicaSettings())
     with pytest.raises(ClusterError, match="give all nodes the server's data_dir"):
         Replica(Settings(data_dir=tmp_path / "gone"))
+
+
+def test_replicas_need_full_paths(tmp_path: Path) -> None:
+    hub = ModelSettings(source="llava-hf/llava-1.5-7b-hf")
+    base = {"insecure_ok": True, "data_dir": tmp_path, "models": {"llava": hub}}
+    bound(Settings(**base), ReplicaSettings())
+    for wrong in (
+        {"image_folders": (tmp_path, Path("flags"))},
+        {"ledger_url": SecretStr("sqlite:///ledger.sqlite")},
+        {"models": {"llava": ModelSettings(source="./llava")}},
+    ):
+        with pytest.raises(SettingsError, match="give full paths") as caught:
+            bound(Settings(**base | wrong), ReplicaSettings())
+        assert str(caught.value).startswith(next(iter(wrong)))
+        assert str(caught.value).count(" is ") == 1
 
 
 def test_the_example_is_a_configuration_that_serve_takes_and_builds_the_application(tmp_path: Path) -> None:
@@ -238,23 +298,27 @@ def test_traces_and_an_evaluation_over_two_workers_are_those_of_one_process(atla
     judged = probes([errata()[0]], per_fact=2, others=3)
     reference = [p.prompt for p in judged[:3]]
     parent, child = some_delta(atlas, 1, 0.3), some_delta(atlas, 2, 3.0)
+    told: list[tuple[int, int]] = []
     with Workers(ModelSource(), TWO) as workers:
-        found = sharded_traces(workers, asked, FEW, deltas=[parent])
+        with pytest.raises(CancelledError, match="after 1 of 4 shards"):
+            sharded_traces(workers, asked, FEW, cancelled=lambda: True)
+        found = sharded_traces(workers, asked, FEW, deltas=[parent], progress=lambda *each: told.append(each))
         evaluated = sharded_evaluation(workers, judged, child, parent=[parent], reference=reference, probes_per_shard=5)
         assert workers.retried == 0
+    assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert isinstance(found[1], ConstraintNotFoundError)
     assert found[1].field == "constraint.text"
     with applied(atlas, parent):
         for request, traced in zip(good, [found[0], *found[2:]], strict=True):
             alone = trace(atlas, request, FEW)
             assert isinstance(traced, CausalTrace)
-            np.testing.assert_allclose(traced.restored, alone.restored, rtol=0, atol=1e-6)
+            np.testing.assert_array_equal(traced.restored, alone.restored)
             assert (traced.answer, traced.tokens, traced.constraint) == (alone.answer, alone.tokens, alone.constraint)
         whole = evaluate(atlas, judged, applied(atlas, child), reference=reference)
     assert [r.after for r in evaluated.results] == [r.after for r in whole.results]
     assert evaluated.results == whole.results
-    told = [(e.drift, e.fluency_before, e.fluency) for e in (evaluated, whole)]
-    assert told[0] == pytest.approx(told[1], abs=1e-6)
+    of_text = [(e.drift, e.fluency_before, e.fluency) for e in (evaluated, whole)]
+    assert of_text[0] == of_text[1]
     assert 0 < sum(r.before != r.after for r in whole.results) < len(whole.results)
 
 
@@ -262,13 +326,17 @@ def test_traces_and_an_evaluation_over_two_workers_are_those_of_one_process(atla
 @pytest.mark.usefixtures("cluster")
 def test_a_shard_whose_worker_died_is_done_by_another_and_one_that_kills_twice_ends_alone(tmp_path: Path) -> None:
     told: list[str] = []
-    with Workers(deeds.nothing, TWO, told=told.append) as workers:
+    # The third has no room as long as the others live, and nobody waits for it.
+    with Workers(deeds.Looked(), WorkerSettings(workers=3), told=told.append) as workers:
+        assert told.pop() == "3 workers need 3 CPU, and the cluster has 2; those without room wait for it"
+        assert lacking_for(TWO, 2) == ""
+        assert lacking_for(WorkerSettings(workers=1, gpus=0.5), 1) == "1 worker needs 0.5 GPU, and the cluster has 0"
         done = {each.shard: each.outcome for each in workers.map(deeds.once_deadly, [tmp_path] * 3)}
         assert workers.retried == len(told) == 1
         assert "its worker died" in told[0]
         asked = ["a", "die", "refuse", "b", "grow", "fail", "look"]
         ended = {each.shard: each.outcome for each in workers.map(deeds.as_told, asked)}
-        assert (workers.retried, len(told), len(workers)) == (3, 3, 2)
+        assert (workers.retried, len(told), len(workers)) == (3, 3, 3)
     assert sorted(done) == [0, 1, 2]
     assert all(isinstance(pid, int) for pid in done.values())
     assert (ended[0], ended[3]) == ("a", "b")
@@ -293,7 +361,7 @@ def test_a_replacement_that_cannot_open_what_it_needs_takes_no_shards_and_the_la
         # What was asked may be answered before the replacement is known to be of no use.
         with pytest.raises(InvalidInputError, match="there is no third"):
             list(workers.map(deeds.as_told, ["die"] * 2))
-        assert any("could not be replaced" in line for line in told)
+        assert any("could not be opened" in line for line in told)
         with pytest.raises(WorkerLostError, match="all workers are gone"):
             list(workers.map(deeds.as_told, ["a"]))
 
@@ -301,17 +369,16 @@ def test_a_replacement_that_cannot_open_what_it_needs_takes_no_shards_and_the_la
 @pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_workers_that_cannot_open_what_they_need_say_why_at_once(tmp_path: Path) -> None:
-    with pytest.raises(InvalidInputError, match="look elsewhere"), Workers(deeds.refuses, TWO):
+    with pytest.raises(InvalidInputError, match="look elsewhere"), Workers(deeds.refuses, ONE):
         pass
     with pytest.raises(ClusterError, match="a folder that all nodes share"):
-        on_cluster(WorkerSettings(workers=1))([], Place(out=tmp_path / "gone"), lambda *_: None)
+        on_cluster(ONE)([], Place(out=tmp_path / "gone"), lambda *_: None)
 
 
 STUDY = {
     "study": "on a cluster",
     "data": {"words": {"atlas": "textual", "n": 2}, "gone": {"path": "gone.json"}},
     "measurements": {"lens": {"kind": "lens"}},
-    "seeds": [0, 1],
 }
 
 
@@ -325,7 +392,7 @@ def test_a_studys_cells_on_a_cluster_are_those_of_this_process(tmp_path: Path) -
     here, there = Place(out=tmp_path / "here"), Place(out=tmp_path / "there")
     there.out.mkdir()
     ended: list[tuple[Cell, Outcome]] = []
-    on_cluster(TWO)(cells, there, lambda *each: ended.append(each))
+    on_cluster(ONE)(cells, there, lambda *each: ended.append(each))
     assert sorted(cell.label for cell, _ in ended) == sorted(cell.label for cell in cells)
     for cell, outcome in ended:
         alone = measure_cell(cell, here)
@@ -396,6 +463,8 @@ def test_replicas_answer_the_ordinary_client_as_the_server_does(served: Served) 
         assert replicas.generate("atlas", asked) == told["atlas@0"]
         plain.promote(served.version)
         assert replicas.generate("atlas", asked) == told[served.version]
+        plain.rollback("atlas@champion")
+        assert replicas.generate("atlas", asked) == told["atlas@0"]
 
 
 @pytest.mark.slow

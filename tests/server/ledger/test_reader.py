@@ -16,8 +16,9 @@ def test_a_reader_sees_what_is_written_and_writes_nothing(ledger: Ledger, url: s
         reader.describe_model("atlas", base_sha256=BASE, architecture="", layers=6)
         with pytest.raises(BaseChangedError, match="give both the same"):
             reader.describe_model("atlas", base_sha256="other", architecture="", layers=6)
-        with pytest.raises(NotFoundError):
+        with pytest.raises(NotFoundError, match='the server has no model "later"; start it') as caught:
             reader.ensure_model("later")
+        assert caught.value.said_reason == "MODEL_NOT_FOUND"
         ledger.ensure_model("later")
         reader.ensure_model("later")
         with pytest.raises((LedgerUnavailableError, InternalError)):  # SQLite, PostgreSQL

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray
+from ray._private.services import get_ray_address_from_environment
 from ray.exceptions import AuthenticationError, RayError
 
 from errata.server.cluster.errors import ClusterError
@@ -19,10 +20,13 @@ _SECONDS = 10.0
 LOCAL = "local"
 """The address of a cluster that is started here, and ends with its user."""
 
+AUTO = "auto"
+"""That of the cluster which this machine is part of, or which RAY_ADDRESS names."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterSettings:
-    """Where the cluster is: "auto" (that of this machine), HOST:PORT of its head, or "local".
+    """Where the cluster is: `AUTO`, HOST:PORT of its head, or `LOCAL`.
 
     The rest is for a local one: `cpus` that it may give to workers (None: those there are), bytes of its object store
     (None: Ray's default, a third of the memory), the folder of its sockets and logs (None: Ray's own).
@@ -40,18 +44,15 @@ def connected(settings: ClusterSettings) -> Iterator[None]:
 
     Raises ClusterError where there is no cluster, or this process has one already.
     """
-    if settings.address.startswith("ray://"):
-        raise ClusterError("Ray's client cannot be used; run this on a node of the cluster, with auto or HOST:PORT")
     if ray.is_initialized():
         raise ClusterError("this process is connected to a cluster already; end that connection first")
     # Ray would report to its makers what it is used for, unless whoever runs it says otherwise.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     try:
-        _look_for(settings.address)
         if settings.address == LOCAL:
             _start(settings)
         else:
-            ray.init(address=settings.address, logging_level=logging.WARNING, log_to_driver=False)
+            ray.init(address=_looked_for(settings.address), logging_level=logging.WARNING, log_to_driver=False)
     except (RayError, RuntimeError, ValueError, OSError) as error:
         if ray.is_initialized():
             ray.shutdown()
@@ -66,6 +67,8 @@ def _refused(address: str, error: Exception) -> ClusterError:
     if isinstance(error, AuthenticationError):
         return ClusterError(f"the cluster at {address!r} asks for its token; give it to this machine (RAY_AUTH_TOKEN)")
     said = " ".join(str(error).split())
+    if "Version mismatch" in said:
+        return ClusterError(f"the cluster at {address!r} has another release: {said}; all nodes need the same")
     # A wrong token also looks like a cluster that is not there.
     return ClusterError(
         f"there is no Ray cluster at {address!r}: {said}; check the address, and give this machine "
@@ -73,11 +76,19 @@ def _refused(address: str, error: Exception) -> ClusterError:
     )
 
 
-def _look_for(address: str) -> None:
-    """Raises OSError where nobody listens at HOST:PORT: Ray would try for a minute, and end the process then."""
-    host, colon, port = address.rpartition(":")
-    if colon:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS).close()
+def _looked_for(address: str) -> str:
+    """HOST:PORT of a head that listens. Raises ClusterError for no address, OSError where nobody listens.
+
+    Ray itself would try a head that is gone for minutes, and end the process then; `auto` may name one, too.
+    """
+    found = get_ray_address_from_environment(AUTO, None) if address == AUTO else address
+    if found.startswith("ray://"):
+        raise ClusterError("Ray's client cannot be used; run this on a node of the cluster, with auto or HOST:PORT")
+    host, _, port = found.rpartition(":")
+    if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+        raise ClusterError(f"{found!r} is no cluster; give auto, local, or HOST:PORT of a head")
+    socket.create_connection((host.strip("[]"), int(port)), timeout=_SECONDS).close()
+    return found
 
 
 def _start(settings: ClusterSettings) -> None:

@@ -4,7 +4,7 @@ from sqlalchemy import event
 from sqlalchemy.engine.interfaces import DBAPIConnection
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from errata.server.errors import BaseChangedError
+from errata.server.errors import BaseChangedError, NotFoundError
 from errata.server.ledger.ledger import Ledger
 
 _READ_ONLY = {
@@ -31,7 +31,11 @@ class LedgerReader(Ledger):
 
     def ensure_model(self, model: str) -> None:
         """Looks whether the server entered it. Raises NotFoundError."""
-        self.model(model)
+        try:
+            self.model(model)
+        except NotFoundError as error:
+            said = f'the server has no model "{model}"; start it with these settings before its replicas'
+            raise NotFoundError(said, reason=error.said_reason) from None
 
     def describe_model(self, model: str, *, base_sha256: str, architecture: str, layers: int) -> None:
         """Compares the checkpoint with the server's. Raises BaseChangedError."""

@@ -9,6 +9,7 @@ version's calls to replicas that have it, as long as these are not busy, so that
 Edits, traces and all that writes stay with the one server that owns the ledger.
 """
 
+import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,14 +17,17 @@ from pathlib import Path
 
 import torch
 from grpc import StatusCode
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from ray import serve
 from ray.serve import Application, Deployment
 from ray.serve.config import HTTPOptions, gRPCOptions
+from sqlalchemy import make_url
 
+from errata.server.app import ledger_url
 from errata.server.cluster.front import CALLS, Front
 from errata.server.cluster.replica import Replica
 from errata.server.cluster.reply import Metadata, Reply
+from errata.server.cluster.workers import fault_of_gpus
 from errata.server.settings import Settings, SettingsError, load_settings
 
 SERVICERS = ["errata.v1.inference_pb2_grpc.add_InferenceServiceServicer_to_server"]
@@ -31,6 +35,9 @@ SERVICERS = ["errata.v1.inference_pb2_grpc.add_InferenceServiceServicer_to_serve
 
 NAME = "errata"
 """The application's."""
+
+_HUB_NAME = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
+"""Of a model: "atlas", or OWNER/NAME."""
 
 _VERSIONS = 1000
 """Names of versions that a replica is remembered for; how many it holds is bounded in bytes, by its engine."""
@@ -45,6 +52,13 @@ class ReplicaSettings(BaseModel):
     replicas: int = Field(default=1, ge=1)
     cpus: int = Field(default=1, ge=1)
     gpus: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+
+    @field_validator("gpus")
+    @classmethod
+    def _can_be_placed(cls, gpus: float) -> float:
+        if fault := fault_of_gpus(gpus):
+            raise ValueError(fault)
+        return gpus
 
 
 @serve.deployment(max_ongoing_requests=CALLS)
@@ -90,15 +104,15 @@ def bound(settings: Settings, given: ReplicaSettings) -> Application:
     """The application with a server's settings, of which it takes models, ledger, data_dir, limits and tokens.
 
     As many fronts as replicas. Raises SettingsError unless they have `insecure_ok`, as Serve's proxies listen on all
-    addresses without TLS, and a full `data_dir`, as processes on other nodes start in other folders.
+    addresses without TLS, and full paths, as their processes start in folders of their own.
     """
     if not settings.insecure_ok:
         raise SettingsError(
             "Ray Serve's gRPC proxies listen on every address and without TLS; set insecure_ok = true where something "
             "else protects the port, and auth = true so that callers need tokens"
         )
-    if not settings.data_dir.is_absolute():
-        raise SettingsError(f"data_dir is {str(settings.data_dir)!r}; give its full path, the same on all nodes")
+    if relative := [f"{name} is {path!r}" for name, path in _relative(settings)]:
+        raise SettingsError(f"{', '.join(relative)}; give full paths, the same on all nodes")
     replicas = _deployment(Replicas).options(
         num_replicas=given.replicas,
         ray_actor_options={"num_cpus": given.cpus, "num_gpus": given.gpus},
@@ -106,6 +120,18 @@ def bound(settings: Settings, given: ReplicaSettings) -> Application:
     )
     front = _deployment(Front).options(num_replicas=given.replicas, ray_actor_options={"num_cpus": 0})
     return front.bind(replicas.bind(settings, given.cpus), settings.max_message_bytes)
+
+
+def _relative(settings: Settings) -> Iterator[tuple[str, str]]:
+    """Settings of replicas that are paths from the folder of whoever reads them. A hub's name looks like one, too."""
+    places = {"data_dir": settings.data_dir, **{f"image_folders.{i}": f for i, f in enumerate(settings.image_folders)}}
+    url = make_url(ledger_url(settings))
+    if url.get_backend_name() == "sqlite":
+        places["ledger_url"] = Path(url.database or "")
+    for name, model in settings.models.items():
+        if not _HUB_NAME.fullmatch(model.source) or Path(model.source).is_dir():
+            places[f"models.{name}.source"] = Path(model.source)
+    return ((name, str(place)) for name, place in places.items() if not place.is_absolute())
 
 
 @contextmanager

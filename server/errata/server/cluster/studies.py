@@ -7,14 +7,16 @@ file with what it names, and its folder of results, lie where all nodes find the
 import logging
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from transformers.utils.logging import disable_progress_bar
 
 from errata.editor.errors import ErrataError
-from errata.server.cluster.connection import ClusterSettings, connected
-from errata.server.cluster.workers import Workers, WorkerSettings, shared_folder
+from errata.server.cluster.connection import LOCAL, ClusterSettings, connected
+from errata.server.cluster.errors import ClusterError
+from errata.server.cluster.workers import Workers, WorkerSettings, lacking_for, shared_folder
 from errata.server.studies.plan import Cell
 from errata.server.studies.results import Place
 from errata.server.studies.running import Measure, Outcome, Told, measure_cell
@@ -33,12 +35,20 @@ def on_cluster(workers: WorkerSettings, cluster: ClusterSettings | None = None) 
         place.stop.unlink(missing_ok=True)
         connection = connected(cluster) if cluster else nullcontext()
         opened = partial(shared_folder, place.out.absolute())
-        with connection, Workers(opened, workers, told=_log.warning) as crew:
-            for ended in crew.map(_cell, cells):
-                outcome = ended.outcome
-                told(cells[ended.shard], Outcome(failed=str(outcome)) if isinstance(outcome, ErrataError) else outcome)
+        with connection:
+            # No node joins a cluster that ends with this process.
+            if cluster and cluster.address == LOCAL and (lacking := lacking_for(workers, 1)):
+                raise ClusterError(f"{lacking}; ask for less, or give another cluster")
+            few = replace(workers, workers=max(1, min(workers.workers, len(cells))))
+            with Workers(opened, few, told=_log.warning) as crew:
+                for ended in crew.map(_cell, cells):
+                    told(cells[ended.shard], _outcome(ended.outcome))
 
     return measured
+
+
+def _outcome(found: Outcome | ErrataError) -> Outcome:
+    return Outcome(failed=str(found)) if isinstance(found, ErrataError) else found
 
 
 def _cell(out: Path, cell: Cell) -> Outcome:

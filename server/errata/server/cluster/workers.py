@@ -5,6 +5,7 @@ Every shard ends exactly once, with its result, its own error, WorkFailedError o
 """
 
 import logging
+import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from ray.exceptions import (
     RayTaskError,
 )
 
-from errata.editor.errors import ErrataError, check_numbers
+from errata.editor.errors import ErrataError, InvalidInputError, check_numbers
 from errata.server.cluster.errors import ClusterError, Fault, WorkerLostError, WorkFailedError
 
 _log = logging.getLogger(__name__)
@@ -37,6 +38,9 @@ LOST = (RayActorError, OutOfMemoryError, NodeDiedError, ActorUnschedulableError)
 _TRIES = 2
 """Workers that a shard may cost."""
 
+_LEAST_GPU = 0.0001
+"""The part of a GPU that Ray counts in."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSettings:
@@ -48,6 +52,8 @@ class WorkerSettings:
 
     def __post_init__(self) -> None:
         check_numbers(self, at_least={"workers": 1, "cpus": 1, "gpus": 0}, above={})
+        if fault := fault_of_gpus(self.gpus):
+            raise InvalidInputError(fault, field="gpus")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,13 +65,20 @@ class Ended(Generic[R]):
 
 
 class Worker(Generic[M]):
-    """What runs in a worker's process. Errors are handed back, so that their worker lives on."""
+    """What runs in a worker's process. Errors are handed back, so that their worker lives on.
 
-    def __init__(self, opened: Callable[[], M]) -> None:
-        self._held: M | Fault = _tried("what it needs could not be opened", opened)
+    `hide_gpus`: Ray leaves all of them visible to a process without a share of one. A runtime environment would hide
+    them, too, but takes a new process in place of one that Ray has ready.
+    """
 
-    def fault(self) -> Fault | None:
-        """Why it cannot work; waits until that is known."""
+    def __init__(self, *, hide_gpus: bool = False) -> None:
+        if hide_gpus:
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""  # CUDA reads it once, maybe as soon as torch is imported
+        self._held: M | Fault = Fault.of(WorkFailedError("nothing was opened"))
+
+    def open(self, opened: Callable[[], M]) -> Fault | None:
+        """Opens what it holds. Why it cannot work; None: it can."""
+        self._held = _tried("what it needs could not be opened", opened)
         return self._held if isinstance(self._held, Fault) else None
 
     def work(self, task: Callable[[M, S], R], shard: int, given: S) -> R | Fault:
@@ -77,9 +90,10 @@ class Worker(Generic[M]):
 class Workers(Generic[M]):
     """So many workers, each with what `opened` gives; as a `with`, inside `connected`, for one thread.
 
-    `opened` and tasks travel by cloudpickle. `told` is called with a line for people where a worker died, and where the
-    cluster has too little room: they wait for it. Raises the error that `opened` raised in any of them,
-    WorkerLostError where one died of it.
+    Opens with the first of them; the others join as they have opened, so that of two runs that share a cluster neither
+    holds workers that wait for the other's. `opened` and tasks travel by cloudpickle. `told` is called with a line for
+    people where a worker died or could not be opened, and where the cluster has too little room. Raises the error that
+    `opened` raised in the first, WorkerLostError where that died of it.
 
     Shards are given out by `ray.wait`, not Ray's ActorPool: that knows a dead worker only by the id that its error
     carries, which most of LOST do not, and would give shards to a replacement before that has opened anything.
@@ -104,9 +118,8 @@ class Workers(Generic[M]):
         try:
             for _ in range(self._settings.workers):
                 self._start()
-            while self._opening:
-                if error := self._has_opened(_first(self._opening)):
-                    raise error
+            if error := self._has_opened(_first(self._opening)):
+                raise error
         except BaseException:
             self.__exit__()
             raise
@@ -161,18 +174,13 @@ class Workers(Generic[M]):
 
     def _tell_of_room(self) -> None:
         """Ray waits for nodes that may never come, and says nothing."""
-        settings, there = self._settings, ray.cluster_resources()
-        for name, each in (("CPU", settings.cpus), ("GPU", settings.gpus)):
-            if (needed := each * settings.workers) > (has := there.get(name, 0.0)):
-                self._told(
-                    f"{settings.workers} workers need {needed:g} {name}s, and the cluster has {has:g}; they wait"
-                )
+        if lacking := lacking_for(self._settings, self._settings.workers):
+            self._told(f"{lacking}; those without room wait for it")
 
     def _lost(self, actor: Any, shard: int, tries: int, error: Exception) -> WorkerLostError | None:
         """Replaces a worker that is gone. None: another one takes its shard."""
         ray.kill(actor)  # cut off, it may be alive
         self._ready.remove(actor)
-        self._tell_of_room()
         self._start()
         why = f"shard {shard}: its worker died ({_line(error)})"
         if tries == _TRIES:
@@ -182,11 +190,11 @@ class Workers(Generic[M]):
         return None
 
     def _joined(self, future: Any) -> list[Any]:
-        """The replacement, if it can work. Raises why it cannot, where no other worker is left."""
+        """One that has opened, if it can work. Raises why it cannot, where no other worker is left."""
         if error := self._has_opened(future):
             if not len(self):
                 raise error
-            self._told(f"a worker could not be replaced ({_line(error)}); {len(self)} go on")
+            self._told(f"a worker could not be opened ({_line(error)}); {len(self)} go on")
             return []
         return self._ready[-1:]
 
@@ -206,11 +214,19 @@ class Workers(Generic[M]):
 
     def _start(self) -> None:
         settings = self._settings
-        # Without a share of one Ray leaves all GPUs visible.
-        hidden = {} if settings.gpus else {"env_vars": {"CUDA_VISIBLE_DEVICES": ""}}
-        made = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus, runtime_env=hidden)(Worker)
-        actor: Any = made.remote(self._opened)
-        self._opening[actor.fault.remote()] = actor
+        made = ray.remote(num_cpus=settings.cpus, num_gpus=settings.gpus)(Worker)
+        actor: Any = made.remote(hide_gpus=not settings.gpus)
+        self._opening[actor.open.remote(self._opened)] = actor
+
+
+def lacking_for(settings: WorkerSettings, workers: int) -> str:
+    """What the cluster would lack for so many workers if nobody else used it; empty: nothing."""
+    there = ray.cluster_resources()
+    for name, each in (("CPU", settings.cpus), ("GPU", settings.gpus)):
+        if (needed := each * workers) > (has := there.get(name, 0.0)):
+            counted = "1 worker needs" if workers == 1 else f"{workers} workers need"
+            return f"{counted} {needed:g} {name}, and the cluster has {has:g}"
+    return ""
 
 
 def shared_folder(folder: Path) -> Path:
@@ -218,6 +234,15 @@ def shared_folder(folder: Path) -> Path:
     if not folder.is_dir():
         raise ClusterError(f"{str(folder)!r} is not there on {gethostname()!r}; give a folder that all nodes share")
     return folder
+
+
+def fault_of_gpus(gpus: float) -> str:
+    """Why Ray cannot place a process with so many GPUs; empty where it can. It would wait without a word, or raise."""
+    if gpus > 1 and gpus % 1:
+        return f"gpus is {gpus:g}; give a part of one, or whole ones"
+    if 0 < gpus < _LEAST_GPU:
+        return f"gpus is {gpus:g}; give 0, or at least {_LEAST_GPU:g}"
+    return ""
 
 
 def _tried(what: str, made: Callable[[], R]) -> R | Fault:
