@@ -1,16 +1,18 @@
 """Trunks: rows that begin alike are read once, and are what the full model makes of each (module `branching`)."""
 
+import gc
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import oracle
 import pytest
 import torch
-from tiny import picture, question, tiny_model
+from tiny import picture, question, tiny_model, whole_window_model
 
 from errata.editor.answering import answer_rows
 from errata.editor.branching import Trunk, forget_below, trunks_of
-from errata.editor.errors import MemoryLimitError
+from errata.editor.errors import InvalidInputError, MemoryLimitError
 from errata.editor.memory import Memory
 from errata.editor.model import EditableModel, Encoded
 from errata.editor.prompts import Prompt
@@ -157,6 +159,33 @@ def test_answers_are_those_the_model_generates_whatever_the_drafts(model: Editab
         assert all(f.agreed == 1.0 for f in found)
 
 
+def test_a_window_that_no_layer_slides_by_hides_nothing_from_an_answer() -> None:
+    model = whole_window_model()
+    expected = model.generate(asked(model), max_new_tokens=6)
+    found = answer_rows(model, [model.encode(prompt) for prompt in asked(model)], max_new_tokens=6)
+    assert [f.answer for f in found] == expected
+
+
+def test_what_is_generated_ends_with_the_token_that_ends_the_answer_whatever_the_draft_says_behind_it() -> None:
+    model = tiny_model("llama")
+    (own,) = model.generate(asked(model)[:1], max_new_tokens=6)
+    model.model.generation_config.eos_token_id = [model.end_token_id, own.tokens[2]]
+    row = model.encode(asked(model)[0])
+    (found,) = answer_rows(model, [row.replaced(torch.cat([row.ids, torch.tensor(own.tokens)]))], max_new_tokens=6)
+    assert found.tokens == own.tokens[:3]
+    assert found.answer.finished
+
+
+@pytest.mark.parametrize("tokens", [0, -1])
+def test_answers_without_tokens_are_refused(llama: EditableModel, tokens: int) -> None:
+    for answer in (
+        lambda: llama.generate(asked(llama), max_new_tokens=tokens),
+        lambda: answer_rows(llama, [llama.encode(p) for p in asked(llama)], max_new_tokens=tokens),
+    ):
+        with pytest.raises(InvalidInputError, match=rf"max_new_tokens is {tokens}; give at least 1"):
+            answer()
+
+
 def test_an_answer_ends_where_the_models_context_does(gpt2: EditableModel) -> None:
     assert gpt2.context_length
     words = next(n for n in range(gpt2.context_length) if _tokens(gpt2, n) > gpt2.context_length - 8)
@@ -184,3 +213,33 @@ def test_a_picture_is_told_from_another_by_its_pixels(llava: EditableModel) -> N
     same = [llava.encode(Prompt(text=LONG + text, images=(picture(3).copy(),))) for text in TEXTS[:2]]
     trunks = trunks_of(llava, same, [row.prompt_length - 1 for row in same])
     assert trunks[0] is trunks[1] is not None
+
+
+def test_halves_of_what_ran_out_of_memory_are_run_without_its_trunks(llama: EditableModel) -> None:
+    """Which would take the very memory that was lacking; of what failed nothing is left, hooks and cache included."""
+    rows = [llama.encode(prompt) for prompt in asked(llama)]
+    whole = answer_rows(llama, rows, max_new_tokens=4)
+    alive: list[int] = []
+
+    def lacking(_decoder: object, args: tuple[Any, ...], given: dict[str, Any]) -> None:
+        if len(given["input_ids"]) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        if given["input_ids"].shape[1] > len(rows[0].ids) // 2:  # a trunk is read
+            alive.append(sum(type(x) is Trunk for x in gc.get_objects()))
+
+    handle = llama.family.decoder_of(llama.model).register_forward_pre_hook(lacking, with_kwargs=True)
+    try:
+        found = answer_rows(llama, rows, max_new_tokens=4)
+    finally:
+        handle.remove()
+    assert [f.answer for f in found] == [f.answer for f in whole]
+    assert alive == [0, 0, 0]
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in llama.model.modules())
+
+
+def test_rows_that_fit_alone_and_not_behind_a_trunk_are_read_whole(model: EditableModel) -> None:
+    rows = [model.encode(prompt) for prompt in asked(model)]
+    whole = answer_rows(model, rows, max_new_tokens=4)
+    one = (max(len(row.ids) for row in rows) + 4) * model.token_bytes
+    just = Memory(free=lambda: int(1.3 * one))
+    assert [f.answer for f in answer_rows(model, rows, max_new_tokens=4, memory=just)] == [f.answer for f in whole]

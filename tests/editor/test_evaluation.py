@@ -1,5 +1,6 @@
 """Probes of parent and child, judged by what they really generate (methods.md §6)."""
 
+import dataclasses
 import json
 import math
 from contextlib import nullcontext
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from tiny import picture, question, random_delta, tiny_model
 
 from errata.editor.delta import applied, empty_delta, merged
+from errata.editor.errors import InvalidInputError, MemoryLimitError, PromptError, TargetError
 from errata.editor.evaluation import (
     Evaluation,
     Metric,
@@ -22,6 +24,7 @@ from errata.editor.evaluation import (
     evaluate,
     same_answer,
 )
+from errata.editor.memory import Memory
 from errata.editor.model import EditableModel
 from errata.editor.prompts import Prompt
 
@@ -171,6 +174,61 @@ def test_fluency_is_the_weighted_entropy_of_two_and_three_grams_in_bits() -> Non
     assert _entropy([(1, 2), (3, 1, 2, 3)]) == pytest.approx((2 / 3 * 1.5 + 4 / 3 * 1) / 2)
     assert _entropy([(7,) * 32]) == 0
     assert _entropy([]) == _entropy([(), (1,)]) == 0
+
+
+@pytest.mark.parametrize("chat", [False, True])
+def test_a_parent_whose_answer_fills_the_context_is_evaluated(model: EditableModel, chat: bool) -> None:
+    """Its text is often more tokens than it generated, and a chat template's end is one more."""
+    holds = model.context_length
+    assert holds is not None
+    short = dataclasses.replace(question(model, "What"), chat=chat)
+    for left in (1, 5):
+        words = holds - left - len(model.encode(short).ids)
+        prompt = dataclasses.replace(short, text="What" + " capital" * words)
+        (result,) = evaluate(model, [Probe(metric=Metric.UNRELATED, prompt=prompt)], nullcontext()).results
+        assert result.before == result.after == model.generate([prompt])[0].text
+        assert result.passed
+        assert result.forced == result.forced_before or (math.isnan(result.forced) and not result.before)
+
+
+@pytest.mark.parametrize("believed", ["Rome " * 300, "</s>", " "])
+def test_what_a_parent_cannot_have_said_is_not_counted(llama: EditableModel, believed: str) -> None:
+    asked = [Probe(metric=Metric.SAME_IMAGE, prompt=question(llama), believed=believed), probes(llama)[1]]
+    assert [r.probe for r in evaluate(llama, asked, nullcontext()).results] == asked[1:]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected", "error", "field"),
+    [
+        ("q" * 300, None, PromptError, "probes[1].prompt.text"),
+        ("What?", " ", TargetError, "probes[1].expected"),
+        ("What?", "</s>", TargetError, "probes[1].expected"),
+        ("What?", "Rome " * 300, PromptError, "probes[1].expected"),
+    ],
+)
+def test_an_error_names_the_probe_and_its_part(
+    llama: EditableModel, text: str, expected: str | None, error: type[InvalidInputError], field: str
+) -> None:
+    bad = Probe(metric=Metric.EFFICACY, prompt=Prompt(text=text), expected=expected)
+    with pytest.raises(error) as refused:
+        evaluate(llama, [probes(llama)[0], bad], nullcontext())
+    assert refused.value.field == field
+    with pytest.raises(PromptError) as refused:
+        evaluate(llama, [], nullcontext(), reference=[*reference(llama), Prompt(text="q" * 300)])
+    assert refused.value.field == "reference[2].prompt.text"
+
+
+def test_reference_prompts_that_memory_does_not_hold_together_are_read_one_by_one(llama: EditableModel) -> None:
+    whole = evaluate(llama, [], applied(llama, random_delta(llama, {1: 3})), reference=reference(llama) * 3)
+    rows = [len(llama.encode(p).ids) + 32 for p in reference(llama)]
+    little = Memory(free=lambda: int(1.3 * max(rows) * llama.token_bytes))
+    found = evaluate(
+        llama, [], applied(llama, random_delta(llama, {1: 3})), reference=reference(llama) * 3, memory=little
+    )
+    assert found.fluency == whole.fluency
+    assert found.drift == pytest.approx(whole.drift, rel=1e-4)
+    with pytest.raises(MemoryLimitError, match="one row takes about"):
+        evaluate(llama, [], nullcontext(), reference=reference(llama), memory=Memory(free=lambda: 1000))
 
 
 def test_fluency_is_measured_on_freely_generated_text(llama: EditableModel) -> None:

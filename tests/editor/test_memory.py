@@ -1,12 +1,13 @@
 """Batches larger than memory are split, not crashed (module `memory`)."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 
 from errata.editor.errors import MemoryLimitError
-from errata.editor.memory import Memory, free_bytes
+from errata.editor.memory import Memory, _of_the_groups, free_bytes
 
 
 class Allocator:
@@ -62,6 +63,23 @@ def test_a_row_that_runs_out_of_memory_alone_is_refused() -> None:
         Memory(free=lambda: None).parts(Allocator(0).run, [1, 2], most=2)
 
 
+def test_what_python_itself_cannot_take_is_a_lack_of_memory_too() -> None:
+    """As NumPy and C++'s `bad_alloc` say it, often without a word."""
+
+    def run(rows: Sequence[int]) -> int:
+        if len(rows) > 2:
+            raise MemoryError
+        return sum(rows)
+
+    assert sum(Memory(free=lambda: None).parts(run, list(range(13)), most=6)) == sum(range(13))
+    with pytest.raises(MemoryLimitError, match=r"one row does not fit in memory \(the system gives no more\)"):
+        Memory(free=lambda: None).fit(run, [1, 2, 3], lambda rows: [rows])
+
+
+def test_nothing_always_fits() -> None:
+    assert Memory(free=lambda: 0).parts(Allocator(0).run, [], most=2, row_bytes=10) == []
+
+
 def test_other_failures_are_not_taken_for_a_lack_of_memory() -> None:
     def fail(_: Sequence[int]) -> int:
         raise RuntimeError("shapes do not fit")
@@ -74,3 +92,35 @@ def test_what_is_free_is_known_here_and_is_less_than_all() -> None:
     free = free_bytes(torch.device("cpu"))
     assert free is None or 0 < free < 1 << 50
     assert free_bytes(torch.device("meta")) is None
+
+
+def _group(folder: Path, names: tuple[str, str, str], limit: str, used: int, cached: int) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / names[0]).write_text(f"{limit}\n")
+    (folder / names[1]).write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 5\n{names[2]} {cached}\n")
+
+
+SECOND = ("memory.max", "memory.current", "inactive_file")
+FIRST = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+
+
+def test_a_service_is_bound_by_its_own_group_and_by_those_above_it(tmp_path: Path) -> None:
+    own = tmp_path / "cgroup"
+    own.write_text("0::/errata.slice/errata.service\n")
+    _group(tmp_path / "errata.slice" / "errata.service", SECOND, "max", 100, 0)
+    _group(tmp_path / "errata.slice", SECOND, "1000", 400, 50)
+    assert [n for n in _of_the_groups(tmp_path, own) if n is not None] == [650]
+    _group(tmp_path / "errata.slice" / "errata.service", SECOND, "300", 100, 0)
+    assert [n for n in _of_the_groups(tmp_path, own) if n is not None] == [200, 650]
+
+
+def test_in_a_container_the_root_is_the_group_in_either_version(tmp_path: Path) -> None:
+    _group(tmp_path, SECOND, "1000", 400, 50)
+    _group(tmp_path / "memory", FIRST, "2000", 400, 50)
+    found = _of_the_groups(tmp_path, tmp_path / "no such file")
+    assert [n for n in found if n is not None] == [650, 1650]
+    own = tmp_path / "cgroup"
+    own.write_text("12:memory:/docker/1\n11:cpu,cpuacct:/docker/1\n")
+    _group(tmp_path / "memory" / "docker" / "1", FIRST, "700", 400, 50)
+    assert [n for n in _of_the_groups(tmp_path, own) if n is not None] == [650, 350, 1650]

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from tiny import PATCHES, picture, question, tiny_model, tokenizer
 
-from errata.editor.errors import ConstraintNotFoundError, LayerError, PromptError, TargetError
+from errata.editor.errors import ConstraintNotFoundError, LayerError, MemoryLimitError, PromptError, TargetError
+from errata.editor.memory import Memory
 from errata.editor.model import EditableModel, by_length
 from errata.editor.prompts import Constraint, Prompt
 
@@ -330,6 +331,12 @@ def test_every_end_token_of_the_checkpoint_ends_an_answer() -> None:
         {"repetition_penalty": 9.0},
         {"no_repeat_ngram_size": 1},
         {"max_length": 20},
+        {"suppress_tokens": list(range(4, 300))},
+        {"bad_words_ids": [[n] for n in range(4, 300)]},
+        {"forced_eos_token_id": 2},
+        {"exponential_decay_length_penalty": (1, 5.0)},
+        {"return_dict_in_generate": True},
+        {"stop_strings": ["a", "e"]},
     ],
 )
 def test_answers_are_greedy_whatever_the_checkpoints_generation_defaults_say(defaults: dict[str, object]) -> None:
@@ -338,6 +345,51 @@ def test_answers_are_greedy_whatever_the_checkpoints_generation_defaults_say(def
     greedy = model.generate(prompts)
     model.model.generation_config.update(**defaults)
     assert model.generate(prompts) == greedy
+
+
+def test_a_checkpoints_generation_defaults_are_left_as_they_are() -> None:
+    model = tiny_model("llama")
+    before = model.model.generation_config
+    model.generate([Prompt(text="What?")])
+    assert model.model.generation_config is before
+
+
+def test_prompts_that_memory_does_not_hold_together_are_asked_one_by_one(llava: EditableModel) -> None:
+    prompts = [question(llava, t) for t in PROMPTS for _ in range(2)]
+    widths: list[int] = []
+    decoder = llava.family.decoder_of(llava.model)
+    handle = decoder.register_forward_pre_hook(
+        lambda _m, _a, k: widths.append(len(k["inputs_embeds"])), with_kwargs=True
+    )
+    longest = max(len(llava.encode(p).ids) for p in prompts) + 4
+    little = Memory(free=lambda: int(1.3 * longest * llava.token_bytes))
+    try:
+        found = llava.generate(prompts, max_new_tokens=4, memory=little)
+    finally:
+        handle.remove()
+    assert set(widths) == {1}
+    assert found == llava.generate(prompts, max_new_tokens=4)
+    with pytest.raises(MemoryLimitError, match="one row takes about"):
+        llava.generate(prompts, memory=Memory(free=lambda: 1000))
+
+
+def test_an_error_names_the_prompt_that_cannot_be_asked(llama: EditableModel) -> None:
+    with pytest.raises(PromptError) as refused:
+        llama.generate([Prompt(text="What?"), Prompt(text="q" * 300)], field="requests[{}].contexts[0]".format)
+    assert refused.value.field == "requests[1].contexts[0].prompt.text"
+
+
+@pytest.mark.parametrize("name", ["qwen2_vl", "qwen3_vl"])
+def test_images_that_a_model_could_not_tell_apart_are_refused(name: str) -> None:
+    """Qwen-VL counts positions by runs of image tokens: two without anything between are one, of the wrong size."""
+    model = tiny_model(name)
+    mark = model.placeholder
+    both = (picture(0), picture(1))
+    for text, chat in (("Where?", False), (f"{mark}{mark} Where?", True)):
+        with pytest.raises(PromptError, match=r"images: .*two have nothing there; put text or the model's own marks"):
+            model.encode(Prompt(text=text, images=both, chat=chat))
+    for prompt in (Prompt(text="Where?", images=both), Prompt(text=f"{mark} and {mark}?", images=both, chat=False)):
+        assert model.generate([prompt], max_new_tokens=2)
 
 
 def _always_saying(model: EditableModel, token: int) -> None:

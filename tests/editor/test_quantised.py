@@ -351,6 +351,34 @@ def test_without_bitsandbytes_the_extra_is_named(monkeypatch: pytest.MonkeyPatch
         load_model(_saved("llama", tmp_path), quantization="bnb-8bit")
 
 
+def test_codes_that_were_stored_are_not_read_in_float64(load: Load, tmp_path: Path) -> None:
+    """They would give nonsense, without a word."""
+    four = load("llama", "bnb-4bit")
+    four.model.save_pretrained(tmp_path)
+    four.processor.save_pretrained(tmp_path)
+    with pytest.raises(InvalidInputError, match=r"dtype: .* stored quantised, has no products in float64; use float32"):
+        load_model(tmp_path, dtype="float64")
+
+
+@pytest.mark.parametrize("bits", [{"load_in_4bit": True}, {"load_in_8bit": True}, {}])
+def test_plain_weights_that_are_said_to_be_stored_quantised_are_refused(bits: dict[str, bool], tmp_path: Path) -> None:
+    path = _saved("llama", tmp_path) / "config.json"
+    said = {"quant_method": "bitsandbytes", **bits}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": said}))
+    with pytest.raises(ModelError, match=r"its weights are plain; take `quantization_config` out of its config\.json"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "said", ["gptq", [4], {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_compute_dtype": "?"}]
+)
+def test_a_quantisation_that_a_config_cannot_mean_is_a_models_error(said: object, tmp_path: Path) -> None:
+    path = _saved("llama", tmp_path) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": said}))
+    with pytest.raises(ModelError, match=r"no model can be read at|do not fit"):
+        load_model(tmp_path)
+
+
 def test_another_scheme_is_refused_by_its_name(tmp_path: Path) -> None:
     path = _saved("llama", tmp_path) / "config.json"
     config = json.loads(path.read_text())

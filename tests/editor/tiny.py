@@ -1,8 +1,10 @@
 """Tiny models of every family, built from a config, with a real tokenizer and processor. Untrained."""
 
+from dataclasses import replace
+
 import torch
 from PIL import Image
-from tiny_text import TEXT
+from tiny_text import TEXT, qwen2
 from tiny_tokenizer import tokenizer
 from tiny_vision import PATCHES, VISION
 from transformers import PreTrainedModel
@@ -41,6 +43,12 @@ def tiny_model(family: str, seed: int = 0) -> EditableModel:
         family=family_of(model),
         base_sha256=hash_tensors(model.state_dict().items()),
     )
+
+
+def whole_window_model() -> EditableModel:
+    """A model whose config has a window that none of its layers slides by."""
+    torch.manual_seed(0)
+    return replace(tiny_model("qwen2"), model=qwen2(first_sliding=4).eval().requires_grad_(False))
 
 
 def weights_sha256(model: EditableModel) -> str:

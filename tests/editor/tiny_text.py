@@ -83,8 +83,9 @@ def _gemma2() -> PreTrainedModel:
     return loud(Gemma2ForCausalLM(config))
 
 
-def _qwen2() -> Qwen2ForCausalLM:
-    window = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": 2}
+def qwen2(first_sliding: int = 2) -> Qwen2ForCausalLM:
+    """With layers that slide from one on; from 4, where there is none, they have a window that nothing slides by."""
+    window = {"use_sliding_window": True, "sliding_window": WINDOW, "max_window_layers": first_sliding}
     return Qwen2ForCausalLM(Qwen2Config(**sizes(), **window))
 
 
@@ -96,7 +97,7 @@ def _opt() -> OPTForCausalLM:
 TEXT: Mapping[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**sizes())),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**sizes(), sliding_window=WINDOW)),
-    "qwen2": _qwen2,
+    "qwen2": qwen2,
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**sizes(), head_dim=8)),
     "phi3": lambda: Phi3ForCausalLM(Phi3Config(**sizes(), sliding_window=WINDOW)),
     "gemma": lambda: GemmaForCausalLM(GemmaConfig(**sizes(), head_dim=8)),

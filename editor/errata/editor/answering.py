@@ -2,7 +2,7 @@
 
 A draft is what an answer may turn out to be. One pass over prompt and draft says what the model says after every token
 of it, so that of an answer only what differs is decoded token by token. The answers are those of
-`EditableModel.generate`, whatever the drafts.
+`EditableModel.generate`, whatever the drafts; in 16 bits as far as rounding leaves the likeliest token the same.
 """
 
 import math
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from errata.editor.branching import KeysValues, Trunk, branch_inputs, by_trunk, stacked, token_bytes, trunks_of
+from errata.editor.branching import KeysValues, Trunk, branch_inputs, by_trunk, stacked, trunks_of
 from errata.editor.memory import Memory
-from errata.editor.model import Answer, EditableModel, Encoded, by_length, reading_positions
+from errata.editor.model import Answer, EditableModel, Encoded, by_length, check_room, reading_positions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,13 +47,15 @@ class _Row:
     at: int = 0
     agreed: float = math.nan
 
-    def hear(self, likeliest: Sequence[int]) -> None:
-        """Takes in the likeliest tokens after the prompt and after each of the draft's."""
+    def hear(self, likeliest: Sequence[int], ends: frozenset[int | None]) -> None:
+        """Takes in the likeliest tokens after the prompt and after each of the draft's, up to the first that ends."""
         draft = self.encoded.answer.tolist()
         same = [a == b for a, b in zip(likeliest, draft, strict=False)]
         accepted = same.index(False) if False in same else len(same)
         self.agreed = sum(same) / len(same) if same else math.nan
-        self.tokens = [*draft[:accepted], likeliest[accepted]][: self.room]
+        said = [*draft[:accepted], likeliest[accepted]][: self.room]
+        end = next((n for n, token in enumerate(said, 1) if token in ends), len(said))
+        self.tokens = said[:end]
         self.at = self.encoded.prompt_length + accepted
 
     def ended(self, ends: frozenset[int | None]) -> bool:
@@ -72,8 +74,10 @@ def answer_rows(
 ) -> list[Answered]:
     """The greedy answer to each row's prompt, as `EditableModel.generate` gives it; what follows a prompt is its draft.
 
-    `trunks` are the rows' own where they are read already. Raises MemoryLimitError where not even one row fits.
+    `trunks` are the rows' own where they are read already. Raises MemoryLimitError where not even one row fits, and
+    InvalidInputError for `max_new_tokens` below 1.
     """
+    check_room(max_new_tokens)
     memory = memory or Memory.of(model.device)
     holds = model.context_length or math.inf
     asked = [
@@ -81,10 +85,12 @@ def answer_rows(
         for r, t in zip(rows, trunks or [None] * len(rows), strict=True)
     ]
     most = max((len(r.ids) for r in rows), default=0) + max_new_tokens
-    row_bytes = most * token_bytes(model)
+    row_bytes = most * model.token_bytes
     prompts = [r.replaced(r.ids[: r.prompt_length]) for r in rows]
     branches = [r.prompt_length - 1 for r in rows]
-    alone, sharing = by_trunk(rows, branches) if trunks is None else (list(range(len(rows))), [])
+    # Behind a trunk a row has its keys and values twice for a moment.
+    share = trunks is None and memory.holds(2 * row_bytes)
+    alone, sharing = by_trunk(rows, branches) if share else (list(range(len(rows))), [])
     for batch in _alike([asked[i] for i in alone], [prompts[i] for i in alone], batch_size):
         memory.parts(lambda some: _answer(model, some), batch, most=batch_size, row_bytes=row_bytes)
     memory.parts(
@@ -99,12 +105,15 @@ def answer_rows(
 def _behind_trunks(model: EditableModel, rows: Sequence[_Row], batch_size: int) -> None:
     """Answers rows that share pictures."""
     encoded = [r.encoded for r in rows]
-    for row, trunk in zip(rows, trunks_of(model, encoded, [e.prompt_length - 1 for e in encoded]), strict=True):
-        row.trunk = trunk
-    for batch in _alike(rows, [e.replaced(e.ids[: e.prompt_length]) for e in encoded], batch_size):
-        _answer(model, batch)
-    for row in rows:
-        row.trunk = None
+    try:
+        for row, trunk in zip(rows, trunks_of(model, encoded, [e.prompt_length - 1 for e in encoded]), strict=True):
+            row.trunk = trunk
+        for batch in _alike(rows, [e.replaced(e.ids[: e.prompt_length]) for e in encoded], batch_size):
+            _answer(model, batch)
+    finally:
+        # Also of rows that ran out of memory: their halves need it.
+        for row in rows:
+            row.trunk = None
 
 
 def _alike(rows: Sequence[_Row], prompts: Sequence[Encoded], limit: int) -> list[list[_Row]]:
@@ -121,9 +130,9 @@ def _answer(model: EditableModel, rows: Sequence[_Row]) -> None:
     """Answers rows that can be run together."""
     with torch.inference_mode():
         slots = _Slots(model, rows)
-        for row, likeliest in zip(rows, slots.read(), strict=True):
-            row.hear(likeliest)
         ends = model.end_token_ids
+        for row, likeliest in zip(rows, slots.read(), strict=True):
+            row.hear(likeliest, ends)
         while going := [n for n, row in enumerate(slots.rows) if not row.ended(ends)]:
             # Rows that have ended stay until they are as many as the others: to take them out is to copy these.
             if 2 * len(going) <= len(slots.rows):
@@ -151,9 +160,7 @@ class _Slots:
             for i in range(len(model.layers))
         ]
         self._cache = Cache(list(self._layers))
-        text = model.model.config.get_text_config()
-        self._window: int | None = getattr(text, "sliding_window", None)
-        self._by_kind = "sliding_attention" in (getattr(text, "layer_types", None) or ())
+        self._window, self._by_kind = model.sliding_window
         self._ahead = torch.tensor([t.ahead for t in trunks], device=model.device)
 
     def read(self) -> list[list[int]]:

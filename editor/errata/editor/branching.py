@@ -76,7 +76,7 @@ def trunks_of(
 
     fits = memory or Memory.of(model.device)
     for batch in by_length(firsts, batch_size):
-        fits.parts(run, batch, most=batch_size, row_bytes=len(firsts[batch[0]].ids) * token_bytes(model))
+        fits.parts(run, batch, most=batch_size, row_bytes=len(firsts[batch[0]].ids) * model.token_bytes)
     return found
 
 
@@ -88,10 +88,8 @@ def forget_below(trunks: Sequence[Trunk | None], layer: int) -> None:
 
 
 def token_bytes(model: EditableModel) -> int:
-    """About what one token of a row takes: keys and values in all layers, one layer's states, the head's logits."""
-    config = model.model.config.get_text_config()
-    states = (2 * len(model.layers) + 16) * config.hidden_size * model.model.dtype.itemsize
-    return int(states) + 4 * int(config.vocab_size)
+    """`EditableModel.token_bytes`."""
+    return model.token_bytes
 
 
 @dataclass(frozen=True, slots=True)

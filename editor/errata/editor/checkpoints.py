@@ -34,7 +34,7 @@ from errata.editor.quantization import (
     BLOCK,
     Quantization,
     across_blocks,
-    check_installed,
+    check_usable,
     is_quantized,
     map_shape,
     quantization_config,
@@ -78,7 +78,7 @@ def load_model(
         raise ModelError(f"there is no folder {path!r}; give a folder saved by `save_pretrained`, or a hub name")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise ModelError(f"no model can be read at {path!r}: {error}") from error
     architecture = (config.architectures or [config.model_type])[0]
     cls = _class_of(architecture)
@@ -90,7 +90,7 @@ def load_model(
     base_sha256 = quantized_base(hash_files(weights), scheme)
     try:
         model, loading = cls.from_pretrained(path, dtype=dtype, use_safetensors=True, output_loading_info=True, **how)
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise ModelError(f"the weights at {path!r} do not fit {architecture}: {error}") from error
     if missing := sorted(loading["missing_keys"]):
         # transformers would go on with random numbers in their place.
@@ -105,7 +105,7 @@ def load_model(
     )
     if how:
         settle(model, dtype)
-        _check_quantized(loaded)
+        _check_quantized(loaded, scheme)
         # Codes are always finite.
         _refuse_non_finite(chain(_stored(weights), _scales(model)), path)
     _refuse_non_finite(model.named_parameters(), path)
@@ -136,18 +136,23 @@ def _quantized(
             )
         if scheme is not Quantization.NONE:
             raise InvalidInputError(f"{path!r} is stored quantised; leave quantization out", field="quantization")
-        check_installed(f"{path!r}, stored quantised,")
+        check_usable(f"{path!r}, stored quantised,", dtype)
         return {"device_map": {"": device}}
     if scheme is Quantization.NONE:
         return {}
     return {"quantization_config": quantization_config(scheme, skeleton, dtype), "device_map": {"": device}}
 
 
-def _check_quantized(model: EditableModel) -> None:
+def _check_quantized(model: EditableModel, scheme: Quantization) -> None:
     """Raises ModelError where bitsandbytes left every map of the decoder as it was, so that nothing is quantised, and
     where this device would read codes wrongly.
     """
     if not any(is_quantized(module) for module in model.layers.modules()):
+        if scheme is Quantization.NONE:
+            raise ModelError(
+                f"the config of {model.name!r} says that bitsandbytes stored it quantised, and its weights are plain; "
+                "take `quantization_config` out of its config.json, and load it with quantization"
+            )
         kind, (d, m) = type(model.down_projection(0)).__name__, map_shape(model.down_projection(0))
         raise ModelError(
             f"bitsandbytes leaves all maps in the decoder of {model.name!r} as they are, such as the {kind} from {m} "

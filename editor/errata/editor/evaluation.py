@@ -9,7 +9,7 @@ and questions about one picture share it.
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -21,7 +21,7 @@ import torch
 from errata.editor.answering import Answered, answer_rows
 from errata.editor.errors import InvalidInputError
 from errata.editor.memory import Memory
-from errata.editor.model import EditableModel, Encoded, ReadPrompt, by_length, same_answer
+from errata.editor.model import EditableModel, Encoded, ReadPrompt, by_length, naming, same_answer
 from errata.editor.prompts import Prompt
 
 
@@ -192,20 +192,23 @@ def evaluate(
     reference: Sequence[Prompt] = (),
     max_new_tokens: int = 16,
     memory: Memory | None = None,
+    field: Callable[[int], str] = "probes[{}]".format,
 ) -> Evaluation:
     """Asks every probe before and while `child` is open, which makes `model` answer as edited.
 
     Answers before come from the model as it is given, the parent. Probes whose `believed` the parent does not answer
     are left out. `reference` are prompts for drift and fluency. Batches are cut to what `memory` holds, None: the
-    device's own; raises MemoryLimitError where not even one prompt fits.
+    device's own; raises MemoryLimitError where not even one prompt fits, and InvalidInputError and its kinds, naming
+    `field` of the probe's number or the reference, for a prompt that cannot be asked and an expected answer that cannot
+    be written behind it.
     """
 
     def answers(rows: Sequence[Encoded]) -> list[Answered]:
         return answer_rows(model, rows, max_new_tokens=max_new_tokens, memory=memory)
 
-    read = [model.read(p.prompt) for p in probes]
-    # What the parent is believed to say is a good draft of it, and no more than that.
-    drafted = [_behind(r, p.expected or p.believed or "") for r, p in zip(read, probes, strict=True)]
+    read, drafted = _drafted(model, probes, field)
+    # Before anything is generated, as the probes' own prompts are.
+    references = model.encode_all(reference, lambda i: f"reference[{i}]")
     asked = answers(drafted)
     counted = [p.believed is None or same_answer(p.believed, b.answer.text) for p, b in zip(probes, asked, strict=True)]
     probes, before, read = (
@@ -214,19 +217,22 @@ def evaluate(
         list(compress(read, counted)),
     )
     expected = [p.expected if p.expected is not None else b.answer.text for p, b in zip(probes, before, strict=True)]
-    rows = [_behind(r, e) for r, e in zip(read, expected, strict=True)]
+    rows = [
+        r.said(b.answer) if p.expected is None else _behind(r, p.expected)
+        for r, p, b in zip(read, probes, before, strict=True)
+    ]
     forced_before = [b.agreed if p.expected else math.nan for p, b in zip(probes, before, strict=True)]
     # Of its own tokens the parent finds each the likeliest; they are read again where its text is written in others.
     own = [n for n, p in enumerate(probes) if not p.expected]
     others = [n for n in own if rows[n].answer.tolist() != list(before[n].tokens[: len(rows[n].answer)])]
     for n in own:
-        forced_before[n] = 1.0 if expected[n] else math.nan
+        forced_before[n] = 1.0 if len(rows[n].answer) else math.nan
     for n, told in zip(others, answers([rows[n] for n in others]), strict=True):
         forced_before[n] = told.agreed
-    distributions, text_before = _next_token(model, reference), _free_text(model, reference)
+    distributions, text_before = _next_token(model, references, memory), _free_text(model, references, memory)
     with child:
         after = answers(rows)
-        drifted, text = _next_token(model, reference), _free_text(model, reference)
+        drifted, text = _next_token(model, references, memory), _free_text(model, references, memory)
     results = tuple(
         ProbeResult(
             probe=p, before=b.answer.text, after=a.answer.text, expected=e, forced_before=forced, forced=a.agreed
@@ -241,6 +247,26 @@ def evaluate(
     )
 
 
+def _drafted(
+    model: EditableModel, probes: Sequence[Probe], field: Callable[[int], str]
+) -> tuple[list[ReadPrompt], list[Encoded]]:
+    """Every probe's prompt, alone and with a draft of what the parent says; errors name the probe's part."""
+    read, drafted = [], []
+    for i, probe in enumerate(probes):
+        with naming(field(i)):
+            prompt = model.read(probe.prompt)
+            read.append(prompt)
+            try:
+                drafted.append(_behind(prompt, probe.expected or probe.believed or ""))
+            except InvalidInputError as error:
+                if probe.expected:
+                    error.field = "expected"
+                    raise
+                # What the parent is believed to say is a good draft of it, and no more than that.
+                drafted.append(prompt.row)
+    return read, drafted
+
+
 def _behind(prompt: ReadPrompt, answer: str) -> Encoded:
     """The prompt's row with the answer behind it, if there is one."""
     return prompt.answered(answer) if answer else prompt.row
@@ -248,17 +274,27 @@ def _behind(prompt: ReadPrompt, answer: str) -> Encoded:
 
 def next_token_logits(model: EditableModel, prompts: Sequence[Prompt]) -> list[torch.Tensor]:
     """The next token's logits after each prompt, in float64 on the CPU."""
-    encoded = [model.encode(p) for p in prompts]
+    return _next_token_logits(model, model.encode_all(prompts))
+
+
+def _next_token_logits(
+    model: EditableModel, rows: Sequence[Encoded], memory: Memory | None = None
+) -> list[torch.Tensor]:
     found: dict[int, torch.Tensor] = {}
-    for batch in by_length(encoded, 64):
+
+    def run(batch: Sequence[int]) -> None:
         with torch.inference_mode():
-            logits = model.model(**model.inputs([encoded[i] for i in batch]), use_cache=False, logits_to_keep=1).logits
-        found |= dict(zip(batch, logits[:, -1].double().cpu(), strict=True))
-    return [found[i] for i in range(len(prompts))]
+            logits = model.model(**model.inputs([rows[i] for i in batch]), use_cache=False, logits_to_keep=1).logits
+        found.update(zip(batch, logits[:, -1].double().cpu(), strict=True))
+
+    memory = memory or Memory.of(model.device)
+    for batch in by_length(rows, 64):
+        memory.parts(run, batch, most=64, row_bytes=len(rows[batch[0]].ids) * model.token_bytes)
+    return [found[i] for i in range(len(rows))]
 
 
-def _next_token(model: EditableModel, prompts: Sequence[Prompt]) -> list[torch.Tensor]:
-    return [logits.log_softmax(-1) for logits in next_token_logits(model, prompts)]
+def _next_token(model: EditableModel, rows: Sequence[Encoded], memory: Memory | None) -> list[torch.Tensor]:
+    return [logits.log_softmax(-1) for logits in _next_token_logits(model, rows, memory)]
 
 
 def _mean_kl(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> float:
@@ -266,8 +302,8 @@ def _mean_kl(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> f
     return float(np.mean([float((b.exp() * (b - a)).sum()) for b, a in pairs])) if before else 0.0
 
 
-def _free_text(model: EditableModel, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
-    return [a.tokens for a in model.generate(prompts, max_new_tokens=32)]
+def _free_text(model: EditableModel, rows: Sequence[Encoded], memory: Memory | None) -> list[tuple[int, ...]]:
+    return [a.answer.tokens for a in answer_rows(model, rows, max_new_tokens=32, memory=memory)]
 
 
 def _entropy(texts: Sequence[Sequence[int]]) -> float:

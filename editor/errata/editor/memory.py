@@ -5,7 +5,7 @@ that runs out of memory is run again in halves as well. Knows nothing about what
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
@@ -48,6 +48,11 @@ class Memory:
             )
         return min(most, fitting)
 
+    def holds(self, n: int) -> bool:
+        """Whether so many bytes fit, as far as can be known."""
+        free = self.free()
+        return free is None or n <= _SHARE * free
+
     def parts(
         self, run: Callable[[Sequence[Row]], Found], rows: Sequence[Row], *, most: int, row_bytes: int = 0
     ) -> list[Found]:
@@ -55,6 +60,8 @@ class Memory:
 
         Raises MemoryLimitError where a single row does not fit.
         """
+        if not rows:
+            return []
         size, done, found = self.rows(most, row_bytes), 0, []
         while done < len(rows):
             batch = rows[done : done + size]
@@ -74,10 +81,10 @@ class Memory:
         """
         try:
             return [(batch, run(batch))]
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not _out_of_memory(error):
                 raise
-            told = str(error).partition("\n")[0].partition(". ")[0]
+            told = str(error).partition("\n")[0].partition(". ")[0] or "the system gives no more"
         parts = halves(batch)
         if len(parts) < 2:
             raise MemoryLimitError(f"one row does not fit in memory ({told}); {_ADVICE}", field="max_rows")
@@ -92,9 +99,9 @@ def _halves(rows: Sequence[Row]) -> Sequence[Sequence[Row]]:
     return [part for part in (rows[:half], rows[half:]) if part]
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
-    """Accelerators raise a class of their own; the CPU's allocator says so in words."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def _out_of_memory(error: Exception) -> bool:
+    """Accelerators raise a class of their own, Python and NumPy another; the CPU's allocator says so in words."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def _told(n: int) -> str:
@@ -108,8 +115,9 @@ def free_bytes(device: torch.device) -> int | None:
         return int(torch.cuda.mem_get_info(device)[0]) + cached
     if device.type != "cpu":
         return None
-    known = [n for n in (_of_the_system(), *_of_the_group()) if n is not None]
-    return min(known, default=None)
+    known = [n for n in (_of_the_system(), *_of_the_groups()) if n is not None]
+    # A group that was given less than it has taken has nothing left, and no less than that.
+    return max(0, min(known)) if known else None
 
 
 def _of_the_system() -> int | None:
@@ -121,13 +129,27 @@ def _of_the_system() -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") if "SC_AVPHYS_PAGES" in names else None
 
 
-def _of_the_group(root: Path = Path("/sys/fs/cgroup")) -> list[int | None]:
-    """What the control group leaves, in either version of its files; page caches that it can drop count as free."""
-    files = (
-        ("memory.max", "memory.current", "inactive_file"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
-    )
-    return [_left(root / limit, root / used, inactive) for limit, used, inactive in files]
+def _of_the_groups(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> Iterator[int | None]:
+    """What the process's control group leaves, and each above it, in either version of their files; page caches that
+    can be dropped count as free. In a container the root is the group itself.
+    """
+    try:
+        lines = [line.split(":", 2) for line in own.read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        lines = []
+    # Of the second version's one tree, and of the first's tree for memory.
+    second = next((path for number, kinds, path in lines if number == "0" and not kinds), "/")
+    first = next((path for _, kinds, path in lines if "memory" in kinds.split(",")), "/")
+    for folder in _up(root, second):
+        yield _left(folder / "memory.max", folder / "memory.current", "inactive_file")
+    for folder in _up(root / "memory", first):
+        yield _left(folder / "memory.limit_in_bytes", folder / "memory.usage_in_bytes", "total_inactive_file")
+
+
+def _up(root: Path, path: str) -> Iterator[Path]:
+    """The folder of a group, those above it, and the root."""
+    parts = [part for part in path.split("/") if part]
+    return (root.joinpath(*parts[:n]) for n in range(len(parts), -1, -1))
 
 
 def _left(limit: Path, used: Path, inactive: str) -> int | None:

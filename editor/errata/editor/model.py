@@ -4,24 +4,23 @@ Turns prompts into token ids, finds the constraint's tokens, and answers. Knows 
 """
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import pairwise, takewhile
 from typing import Any, cast
 
 import torch
 from jaxtyping import Int
 from PIL import Image
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 
 from errata.editor.errors import ConstraintNotFoundError, InvalidInputError, LayerError, PromptError, TargetError
 from errata.editor.families import ModelFamily
+from errata.editor.memory import Memory
 from errata.editor.prompts import Constraint, Prompt
 from errata.editor.requests import Context
-
-_GREEDY = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-"""Said in full, because generate() takes whatever is not said from the defaults that a checkpoint ships."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +114,17 @@ class EditableModel:
         return getattr(text, "max_position_embeddings", None)
 
     @property
+    def sliding_window(self) -> tuple[int | None, bool]:
+        """Tokens that a layer which slides sees, None where none does; and whether only layers of that kind slide.
+
+        A config may have a window that none of its layers slides: Qwen's, whose layers do from one on.
+        """
+        text = self.model.config.get_text_config()
+        kinds = getattr(text, "layer_types", None)
+        by_kind = "sliding_attention" in (kinds or ())
+        return (getattr(text, "sliding_window", None) if by_kind or not kinds else None), by_kind
+
+    @property
     def image_token_id(self) -> int | None:
         """The id of an image token; None for a text-only model."""
         return self.family.image_token_id(self.model)
@@ -166,6 +176,13 @@ class EditableModel:
                 field="prompt.images",
             )
         self._check_length(prompt, len(ids))
+        images = tuple(self._image_run(ids, offsets, image) for image in read.images)
+        if "mm_token_type_ids" in read.token_types and any(a.stop == b.start for a, b in pairwise(images)):
+            raise PromptError(
+                f"{self.name!r} tells images apart by what stands between them, and two have nothing there; put text "
+                "or the model's own marks between their placeholders, or ask with its chat template",
+                field="prompt.images",
+            )
         own = read.characters(prompt.text, self.placeholder, after)
         # Without its tokens' types such a model would see the answer from the prompt.
         types = {"token_type_ids": torch.zeros_like(ids)} if self.family.answer_token_type else {}
@@ -173,7 +190,7 @@ class EditableModel:
             ids=ids,
             prompt_length=len(ids),
             spans=tuple(_span([own[c] for c in range(a, b) if c in own]) for a, b in offsets),
-            images=tuple(self._image_run(ids, offsets, image) for image in read.images),
+            images=images,
             vision=read.vision,
             token_types=types | read.token_types,
         )
@@ -181,44 +198,73 @@ class EditableModel:
 
     def encode_at(self, context: Context, answer: str | None = None, *, field: str) -> tuple[Encoded, int]:
         """The context's prompt as `encode` makes it, and its constraint's last token; errors name `field`'s part."""
-        try:
+        with naming(field):
             encoded = self.encode(context.prompt, answer)
             return encoded, encoded.positions(*context.constraint.span(context.prompt.text))[-1]
-        except InvalidInputError as error:
-            raise error.within(field) from None
 
     def constraint_positions(self, prompt: Prompt, constraint: Constraint) -> range:
         """The token positions of the constraint, after image expansion."""
         start, end = constraint.span(prompt.text)
         return self.encode(prompt).positions(start, end)
 
-    def generate(self, prompts: Sequence[Prompt], *, max_new_tokens: int = 16, batch_size: int = 64) -> list[Answer]:
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_new_tokens: int = 16,
+        batch_size: int = 64,
+        memory: Memory | None = None,
+        field: Callable[[int], str] | None = None,
+    ) -> list[Answer]:
         """Greedy answers, each stopping by itself at the end-of-sequence token, at `max_new_tokens` or where the
-        model's context ends.
+        model's context ends. What a checkpoint configures besides, penalties or words never said, is left out.
 
-        Prompts of one length share a batch, so that no row is padded and none depends on its neighbours.
+        Prompts of one length share a batch, so that no row is padded and none depends on its neighbours; batches are
+        cut to what `memory` holds, None: the device's own. Raises as `encode`, naming `field` of the prompt's number
+        where it is given; MemoryLimitError where not even one prompt fits.
         """
-        encoded = [self.encode(p) for p in prompts]
+        check_room(max_new_tokens)
+        encoded = self.encode_all(prompts, field)
         answers: list[Answer | None] = [None] * len(prompts)
-        for rows in by_length(encoded, batch_size):
+
+        def run(rows: Sequence[int]) -> None:
             batch = [encoded[i] for i in rows]
             for i, answer in zip(rows, self._generate(batch, max_new_tokens), strict=True):
                 answers[i] = answer
+
+        fits = memory or Memory.of(self.device)
+        for rows in by_length(encoded, batch_size):
+            row_bytes = (len(encoded[rows[0]].ids) + max_new_tokens) * self.token_bytes
+            fits.parts(run, rows, most=batch_size, row_bytes=row_bytes)
         return [a for a in answers if a is not None]
+
+    def encode_all(self, prompts: Sequence[Prompt], field: Callable[[int], str] | None = None) -> list[Encoded]:
+        """Every prompt as `encode` makes it; errors name `field` of the prompt's number where it is given."""
+        rows = []
+        for i, prompt in enumerate(prompts):
+            with naming(field(i) if field else None):
+                rows.append(self.encode(prompt))
+        return rows
 
     def _generate(self, batch: Sequence[Encoded], max_new_tokens: int) -> list[Answer]:
         inputs = self.inputs(batch)
         length = inputs["input_ids"].shape[1]
         room = max_new_tokens if self.context_length is None else self.context_length - length
-        with torch.inference_mode():
+        with torch.inference_mode(), _plain_generation(self.model):
             out = cast(Any, self.model).generate(
                 **inputs,
                 attention_mask=torch.ones_like(inputs["input_ids"]),
                 max_new_tokens=min(max_new_tokens, room),
                 pad_token_id=max(self.end_token_id, 0),
-                **_GREEDY,
             )
         return [self.answer_of(row) for row in out[:, length:].tolist()]
+
+    @property
+    def token_bytes(self) -> int:
+        """About what one token of a row takes: keys and values in all layers, one layer's states, the head's logits."""
+        config = self.model.config.get_text_config()
+        states = (2 * len(self.layers) + 16) * config.hidden_size * self.model.dtype.itemsize
+        return int(states) + 4 * int(config.vocab_size)
 
     def answer_of(self, tokens: Sequence[int]) -> Answer:
         """What generated tokens say, up to the first that ends an answer."""
@@ -378,6 +424,21 @@ class ReadPrompt:
     def answered(self, answer: str) -> Encoded:
         """The row with the answer behind it. Raises PromptError where both do not fit, TargetError as `encode`."""
         ending = self.model._answer_ids(self, answer)
+        return self._followed(ending)
+
+    def said(self, answer: "Answer") -> Encoded:
+        """The row with what the model itself answered behind it: its text as any other answer is written, or, where
+        that does not fit or cannot be written, the tokens that it generated, up to one of an image's.
+        """
+        if not answer.text:
+            return self.row
+        try:
+            return self.answered(answer.text)
+        except InvalidInputError:
+            text = list(takewhile(lambda token: token != self.model.image_token_id, answer.tokens))
+            return self._followed(torch.tensor(text, dtype=torch.long))
+
+    def _followed(self, ending: Int[Tensor, " answer_tokens"]) -> Encoded:
         spans = (*self.row.spans, *(None for _ in ending))
         return replace(self.row, ids=torch.cat([self.row.ids, ending]), spans=spans)
 
@@ -455,6 +516,34 @@ def reading_positions(model: EditableModel) -> Iterator[ReadPositions]:
         yield read
     finally:
         handle.remove()
+
+
+@contextmanager
+def _plain_generation(model: PreTrainedModel) -> Iterator[None]:
+    """While open, `generate` does nothing that a checkpoint configures but for the tokens that end an answer."""
+    before = model.generation_config
+    model.generation_config = GenerationConfig(eos_token_id=before.eos_token_id)
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
+def check_room(max_new_tokens: int) -> None:
+    """Raises InvalidInputError for no token at all."""
+    if max_new_tokens < 1:
+        raise InvalidInputError(f"max_new_tokens is {max_new_tokens}; give at least 1", field="max_new_tokens")
+
+
+@contextmanager
+def naming(field: str | None) -> Iterator[None]:
+    """While open, an error in what the caller gave names `field`'s part; None: as it is."""
+    try:
+        yield
+    except InvalidInputError as error:
+        if field is None:
+            raise
+        raise error.within(field) from None
 
 
 def by_length(encoded: Sequence[Encoded], limit: int) -> list[list[int]]:

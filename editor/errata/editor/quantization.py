@@ -48,9 +48,7 @@ def quantization_config(
 
     Raises InvalidInputError: `quantization` where bitsandbytes is not installed, `dtype` for one it has no products in.
     """
-    check_installed(quantization.value)
-    if dtype is torch.float64:
-        raise InvalidInputError(f"{quantization.value} has no products in float64; use float32", field="dtype")
+    check_usable(quantization.value, dtype)
     if quantization is Quantization.BNB_8BIT:
         return BitsAndBytesConfig(load_in_8bit=True)
     kind = "fp4" if quantization is Quantization.BNB_4BIT_FP4 else "nf4"
@@ -65,6 +63,16 @@ def across_blocks(model: PreTrainedModel) -> list[str]:
     """Maps whose rows end within a block of 4-bit codes: read with wrong scales on CPUs (bitsandbytes 0.50)."""
     maps = ((name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D))
     return [name for name, m in maps if map_shape(m)[1] % BLOCK]
+
+
+def check_usable(what: str, dtype: torch.dtype) -> None:
+    """Raises InvalidInputError: `quantization` where `what` needs bitsandbytes and it is not there, `dtype` for one it
+    has no products in.
+    """
+    check_installed(what)
+    if dtype is torch.float64:
+        # Of 4-bit codes that were stored it would be nonsense, without a word.
+        raise InvalidInputError(f"{what} has no products in float64; use float32", field="dtype")
 
 
 def check_installed(what: str) -> None:

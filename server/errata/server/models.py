@@ -21,7 +21,7 @@ from errata.editor.errors import ErrataError, InvalidInputError, ModelError
 from errata.editor.mixed import replica
 from errata.editor.model import EditableModel
 from errata.editor.placement import checked_device, checked_dtype
-from errata.editor.quantization import check_installed, memory_bytes
+from errata.editor.quantization import check_usable, memory_bytes
 from errata.editor.report.wording import size
 from errata.editor.requests import Context
 from errata.editor.statistics import KeyStatistics, key_statistics
@@ -286,9 +286,9 @@ def _unplaceable(name: str, settings: ModelSettings) -> Iterator[str]:
     """A line for what of a model's settings this machine cannot do."""
     try:
         device = checked_device(settings.device)
-        checked_dtype(settings.dtype, device)
+        dtype = checked_dtype(settings.dtype, device)
         if settings.quantization != "none":
-            check_installed(settings.quantization)
+            check_usable(settings.quantization, dtype)
     except InvalidInputError as error:
         yield f"models.{name}.{error}"
 

@@ -4,7 +4,7 @@ import oracle
 import pytest
 import torch
 from alone import WAIT, StartEngine, alone, prompts_of
-from tiny import ARCHITECTURES, question, random_delta, tiny_model
+from tiny import ARCHITECTURES, question, random_delta, tiny_model, whole_window_model
 
 from errata.editor.delta import applied
 from errata.editor.mixed import MixedDeltas, version_factors
@@ -26,6 +26,14 @@ def test_a_mixed_batch_of_any_architecture_answers_like_each_version_alone(
     handles = [engine.generate(Generation(version=v, prompt=p, max_new_tokens=n)) for v, p, n in asked]
     for (version, prompt, tokens), handle in zip(asked, handles, strict=True):
         assert handle.result(WAIT).text == alone(model, prompt, lineages[version], tokens).text
+
+
+def test_a_window_that_no_layer_slides_by_hides_nothing_in_a_batch(start_engine: StartEngine) -> None:
+    model = whole_window_model()
+    engine = start_engine(model, {0: []}, max_rows=8)
+    handles = [engine.generate(Generation(version=0, prompt=p, max_new_tokens=6)) for p in prompts_of(model)]
+    for prompt, handle in zip(prompts_of(model), handles, strict=True):
+        assert handle.result(WAIT).text == alone(model, prompt, [], 6).text
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

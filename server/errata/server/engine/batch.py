@@ -186,9 +186,7 @@ class _Slots:
         self.positions = torch.zeros(0, dtype=torch.long, device=self._device)
         self.ahead = self.positions
         self._capacity = 0
-        text = model.model.config.get_text_config()
-        self._window: int | None = getattr(text, "sliding_window", None)
-        self._by_layer = "sliding_attention" in (getattr(text, "layer_types", None) or ())
+        self._window, self._by_layer = model.sliding_window
 
     def fill(self, first: int, prefilled: Prefilled, rows: Sequence[int]) -> None:
         """Copies rows of a prompt's cache into the slots from `first` on."""

@@ -12,11 +12,12 @@ _STAYING = (Metric.OTHER_SUBJECTS, Metric.SAME_IMAGE, Metric.UNRELATED)
 
 
 def compare(
-    model: EditableModel, probes: Sequence[Probe], before: Sequence[Delta], after: Sequence[Delta]
+    model: EditableModel, probes: Sequence[Probe], before: Sequence[Delta], after: Sequence[Delta], *, own: int = 0
 ) -> Evaluation:
     """Asks the version made of the deltas `before`, and then the one made of `after`.
 
-    Neither needs to descend from the other: the first is taken off before the second is put on.
+    Neither needs to descend from the other: the first is taken off before the second is put on. The first `own` probes
+    are not the caller's: errors number the others.
     """
     staying = [p.prompt for p in probes if p.metric in _STAYING]
     with ExitStack() as first:
@@ -28,4 +29,6 @@ def compare(
             with applied(model, *after):
                 yield
 
-        return evaluate(model, probes, second(), reference=staying)
+        return evaluate(
+            model, probes, second(), reference=staying, field=lambda i: f"probes[{i - own}]" if i >= own else "requests"
+        )

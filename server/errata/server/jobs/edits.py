@@ -101,8 +101,8 @@ class EditWork:
             )
             self._fault("solved")
             job.stage("evaluate")
-            probes = (*own_probes(order.requests), *order.probes)
-            evaluation = compare(model, probes, parent, (*parent, result.delta))
+            own = own_probes(order.requests)
+            evaluation = compare(model, (*own, *order.probes), parent, (*parent, result.delta), own=len(own))
         least = in_force(configured_guardrails(loaded.settings.guardrails), order.guardrails)
         rejections = misses(evaluation.scores, least)
         unheld = f"only the newest {MOST_REQUESTS} requests of the parent are held; what older ones installed may fade"
