@@ -87,11 +87,6 @@ def forget_below(trunks: Sequence[Trunk | None], layer: int) -> None:
             del stack[below]
 
 
-def token_bytes(model: EditableModel) -> int:
-    """`EditableModel.token_bytes`."""
-    return model.token_bytes
-
-
 @dataclass(frozen=True, slots=True)
 class _Group:
     members: Sequence[int]

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from errata.editor.branching import Trunk, branch_inputs, furthest, seen, token_bytes
+from errata.editor.branching import Trunk, branch_inputs, furthest, seen
 from errata.editor.memory import Memory
 from errata.editor.model import EditableModel, Encoded, by_length
 from errata.editor.states import Component, by_row, component_module, first_of, removing
@@ -96,7 +96,7 @@ def record(
 
     for indices in _batches(rows, trunks, batch_size):
         longest = max(len(rows[i].ids) for i in indices)
-        fits.parts(run, indices, most=batch_size, row_bytes=longest * token_bytes(model))
+        fits.parts(run, indices, most=batch_size, row_bytes=longest * model.token_bytes)
     return [r for r in found if r is not None]
 
 

@@ -250,7 +250,7 @@ def _rows(model: EditableModel, requests: Sequence[EditRequest], most_contexts: 
     for k, told, trunk in zip(kept, answers, of_kept, strict=True):
         answer = told.answer.text
         if answer and (k.context.answer is None or same_answer(answer, k.context.answer)):
-            found.append(k.row(k.answered(answer), trunk, preserved=True))
+            found.append(k.row(k.prompt.said(told.answer), trunk, preserved=True))
     return found
 
 

@@ -304,6 +304,10 @@ def test_traces_and_an_evaluation_over_two_workers_are_those_of_one_process(atla
             sharded_traces(workers, asked, FEW, cancelled=lambda: True)
         found = sharded_traces(workers, asked, FEW, deltas=[parent], progress=lambda *each: told.append(each))
         evaluated = sharded_evaluation(workers, judged, child, parent=[parent], reference=reference, probes_per_shard=5)
+        long = replace(judged[-1], prompt=replace(judged[-1].prompt, text="where is this " * 500))
+        with pytest.raises(InvalidInputError) as refused:
+            sharded_evaluation(workers, [*judged[:-1], long], child, probes_per_shard=5)
+        assert refused.value.field == f"probes[{len(judged) - 1}].prompt.text"
         assert workers.retried == 0
     assert told == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert isinstance(found[1], ConstraintNotFoundError)

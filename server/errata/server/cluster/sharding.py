@@ -102,9 +102,10 @@ def sharded_evaluation(
     """
     if probes_per_shard < 1:
         raise InvalidInputError(f"probes_per_shard is {probes_per_shard}; give at least 1", field="probes_per_shard")
-    pieces = [(tuple(probes[i : i + probes_per_shard]), ()) for i in range(0, len(probes), probes_per_shard)]
+    starts = range(0, len(probes), probes_per_shard)
+    pieces = [_Shard(first=i, probes=tuple(probes[i : i + probes_per_shard])) for i in starts]
     # First, as the longest: free text is generated from each of them.
-    shards: list[tuple[tuple[Probe, ...], tuple[Prompt, ...]]] = [((), tuple(reference)), *pieces]
+    shards = [_Shard(reference=tuple(reference)), *pieces]
     task = partial(_evaluated, parent=tuple(parent), child=child, max_new_tokens=max_new_tokens)
     found = dict[int, Evaluation]()
     for ended in _watched(workers.map(task, shards), len(shards), progress, cancelled):
@@ -145,14 +146,29 @@ def _traced(
         return model.base_sha256, trace(model, request, settings)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Shard:
+    """Some of an evaluation's probes, from number `first` on, or its reference prompts."""
+
+    first: int = 0
+    probes: tuple[Probe, ...] = ()
+    reference: tuple[Prompt, ...] = ()
+
+
 def _evaluated(
     model: EditableModel,
-    shard: tuple[tuple[Probe, ...], tuple[Prompt, ...]],
+    shard: _Shard,
     *,
     parent: tuple[Delta, ...],
     child: Delta,
     max_new_tokens: int,
 ) -> Evaluation:
-    probes, reference = shard
     with applied(model, *parent):
-        return evaluate(model, probes, applied(model, child), reference=reference, max_new_tokens=max_new_tokens)
+        return evaluate(
+            model,
+            shard.probes,
+            applied(model, child),
+            reference=shard.reference,
+            max_new_tokens=max_new_tokens,
+            field=lambda i: f"probes[{shard.first + i}]",
+        )
