@@ -14,6 +14,7 @@ import torch
 from tiny import picture, random_delta, tiny_model
 
 from errata.editor.delta import Delta, applied, empty_delta, merged
+from errata.editor.earlier import Earlier
 from errata.editor.errors import (
     CancelledError,
     ConflictingRequestsError,
@@ -28,17 +29,14 @@ from errata.editor.errors import (
 from errata.editor.methods import (
     EditResult,
     EditSettings,
-    HeldKeys,
     Keys,
     Method,
     Stage,
     edit,
-    solve_layer,
 )
 from errata.editor.model import EditableModel
 from errata.editor.prompts import Constraint, Prompt
 from errata.editor.requests import Context, EditRequest
-from errata.editor.solver import free_directions
 from errata.editor.states import record
 from errata.editor.statistics import KeyStatistics, key_statistics
 from errata.editor.values import ValueSettings
@@ -295,7 +293,9 @@ def test_what_earlier_edits_installed_is_held(model: EditableModel, method: Meth
     def disturbed(*earlier: EditRequest) -> float:
         """How far the second edit changes what stands at the first one's key, relative to its own size."""
         settings, statistics = settings_of(method), statistics_of(model)
-        second = edit(model, [paris(model)], settings, statistics, parent=first, earlier=earlier).delta.layers[1]
+        second = edit(
+            model, [paris(model)], settings, statistics, parent=first, earlier=Earlier.of(earlier)
+        ).delta.layers[1]
         with applied(model, first), torch.no_grad():
             row, site = model.encode_at(rome(model).contexts[0], field="context")
             key = record(model, [row], [site], key_layers=(1,), resumable=False)[0].keys[1][0].double()
@@ -303,43 +303,6 @@ def test_what_earlier_edits_installed_is_held(model: EditableModel, method: Meth
         return float((dense @ key).norm() / dense.norm())
 
     assert disturbed(rome(model)) < 0.6 * disturbed()
-
-
-@pytest.mark.parametrize("parent_layer", [0, 1])
-def test_keys_of_earlier_edits_are_computed_once_unless_something_below_them_changes(
-    model: EditableModel, parent_layer: int
-) -> None:
-    parent, settings, statistics = (
-        random_delta(model, {parent_layer: 2}),
-        settings_of(Method.MEMIT),
-        statistics_of(model),
-    )
-    known: HeldKeys = {}
-
-    def held(known: HeldKeys | None) -> str:
-        found = edit(model, [paris(model)], settings, statistics, parent=parent, earlier=[rome(model)], known=known)
-        return found.delta.sha256
-
-    fresh = held(None)
-    assert held(known) == held(known) == fresh
-    assert set(known) == ({("rome", 1)} if parent_layer == 1 else set())
-    if known:
-        known["rome", 1] = known["rome", 1].flip(0)
-        assert held(known) != fresh
-
-
-def test_alphaedits_null_space_is_the_same_from_kept_eigenvectors(llama: EditableModel) -> None:
-    random = torch.Generator().manual_seed(0)
-    keys, residuals, held = (
-        [torch.randn(n, 2, generator=random, dtype=torch.float64) for _ in range(3)] for n in (48, 32, 48)
-    )
-    settings, statistics = settings_of(Method.ALPHAEDIT), statistics_of(llama)
-    free = free_directions(*statistics.eigenvectors(1), energy=settings.null_energy)
-    assert 0 < free.shape[1] < 48
-    for earlier in ([], held):
-        found = solve_layer(keys, residuals, settings, statistics.covariance(1), earlier, free)
-        expected = solve_layer(keys, residuals, settings, statistics.covariance(1), earlier)
-        torch.testing.assert_close(found.dense(), expected.dense(), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -355,7 +318,7 @@ def test_an_edit_is_not_held_back_by_what_it_replaces(
     )
     settings, statistics = settings_of(Method.MEMIT), statistics_of(model)
     free = edit(model, [new], settings, statistics, parent=parent)
-    held = edit(model, [new], settings, statistics, parent=parent, earlier=[old])
+    held = edit(model, [new], settings, statistics, parent=parent, earlier=Earlier.of([old]))
     assert held.delta.sha256 == free.delta.sha256
 
 
