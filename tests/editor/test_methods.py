@@ -7,14 +7,17 @@ the constraints here end their prompts.
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import oracle
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import picture, random_delta, tiny_model
 
+from errata.editor.checkpoints import hash_tensors
 from errata.editor.delta import Delta, applied, empty_delta, merged
-from errata.editor.earlier import Earlier
+from errata.editor.earlier import Earlier, EarlierRequest
 from errata.editor.errors import (
     CancelledError,
     ConflictingRequestsError,
@@ -27,6 +30,7 @@ from errata.editor.errors import (
     WrongBaseError,
 )
 from errata.editor.methods import (
+    HOLDING,
     EditResult,
     EditSettings,
     Keys,
@@ -305,6 +309,36 @@ def test_what_earlier_edits_installed_is_held(model: EditableModel, method: Meth
     assert disturbed(rome(model)) < 0.6 * disturbed()
 
 
+@pytest.mark.parametrize("parent_layer", [0, 1])
+@pytest.mark.parametrize("layers", [(1,), (1, 2)])
+def test_an_edit_that_reads_kept_keys_is_the_edit_that_computes_them(
+    llama: EditableModel, tmp_path: Path, layers: tuple[int, ...], parent_layer: int
+) -> None:
+    """Only keys that no edit changes are kept: those at the first layer, where the parent edits nothing below it."""
+    parent, settings = random_delta(llama, {parent_layer: 2}), settings_of(Method.MEMIT, layers)
+
+    def held(folder: Path | None) -> str:
+        earlier = Earlier.of([rome(llama)], folder)
+        return edit(llama, [paris(llama)], settings, statistics_of(llama), parent=parent, earlier=earlier).delta.sha256
+
+    fresh = held(None)
+    assert held(tmp_path) == held(tmp_path) == fresh
+    assert len(list(tmp_path.iterdir())) == (parent_layer == 1)
+    for file in tmp_path.iterdir():
+        other = load_file(file)["keys"].flip(1)
+        save_file({"keys": other}, file, {"sha256": hash_tensors([("keys", other)])})
+        assert held(tmp_path) != fresh
+
+
+@pytest.mark.parametrize("method", [m for m in Method if m not in HOLDING])
+def test_a_method_that_holds_nothing_does_not_look_at_what_was_edited(llama: EditableModel, method: Method) -> None:
+    def fail() -> tuple[Context, ...]:
+        raise AssertionError("these contexts are not needed")
+
+    earlier = Earlier(requests=(EarlierRequest(name="rome", subjects=frozenset(), contexts=fail),))
+    edit(llama, [paris(llama)], settings_of(method), statistics_of(llama), earlier=earlier)
+
+
 @pytest.mark.parametrize(
     ("text", "subject"), [("Where is this country", "Italy"), ("The capital of this country", None)]
 )
@@ -362,6 +396,21 @@ def test_each_layer_that_is_solved_is_a_step_and_rome_solves_each_request(
     two = [rome(llama), paris(llama)]
     edit(llama, two, settings_of(method, layers=(0, 1)), statistics_of(llama), progress=lambda *t: told.append(t))
     assert [t[1:] for t in told if t[0] is Stage.SOLVE] == [(n, solves) for n in range(solves + 1)]
+
+
+def test_holding_an_earlier_request_is_a_step_at_each_layer_and_can_be_cancelled(llama: EditableModel) -> None:
+    told: list[tuple[Stage, int, int]] = []
+    earlier, settings = Earlier.of([rome(llama)] * 3), settings_of(Method.MEMIT, layers=(0, 1))
+
+    def held(**own: Callable[..., object]) -> None:
+        edit(llama, [paris(llama)], settings, statistics_of(llama), earlier=earlier, **own)
+
+    held(progress=lambda *t: told.append(t))
+    assert [t[1:] for t in told if t[0] is Stage.SOLVE] == [(n, 8) for n in range(9)]
+    told.clear()
+    with pytest.raises(CancelledError, match="nothing was changed"):
+        held(progress=lambda *t: told.append(t), cancelled=lambda: bool(told) and told[-1][:2] == (Stage.SOLVE, 2))
+    assert told[-1][:2] == (Stage.SOLVE, 2)
 
 
 @pytest.mark.parametrize("target", ["<image>", "a <image> b"])
