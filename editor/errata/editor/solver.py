@@ -16,6 +16,7 @@ where M = G⁻¹ and λ > 0 the same ΔW = RKᵀ(KKᵀ + λG)⁻¹ takes one sys
 Knows nothing about models, prompts or files; works in float64.
 """
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 
@@ -62,7 +63,7 @@ class HeldKeys:
 
 def shared(columns: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
     """A request's contexts share its weight: in least squares a column counts by the square of its length."""
-    return columns / columns.shape[1] ** 0.5
+    return columns / math.sqrt(columns.shape[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +143,7 @@ def _against(held: Float[Tensor, "f p"], keys: Float[Tensor, "f n"], ridge: floa
     f, p = held.shape
     eye = ridge * torch.eye(min(f, p), dtype=held.dtype)
     if f < p:
-        return ridge * torch.cholesky_solve(keys, torch.linalg.cholesky(held @ held.T + eye))
+        return torch.cholesky_solve(ridge * keys, torch.linalg.cholesky(held @ held.T + eye))
     return keys - held @ torch.linalg.solve(held.T @ held + eye, held.T @ keys)
 
 

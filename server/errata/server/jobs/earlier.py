@@ -4,7 +4,7 @@ Of a request only a hash and its subjects stay in memory: a thousand of them wit
 are read again from the ledger, and their pictures decoded, where an edit has no keys of theirs.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -26,8 +26,12 @@ def earlier_edits(lineages: Lineages, decoder: Decoder, model: str, version: int
     found: list[EarlierRequest] = []
     for row in reversed(lineages.live(lineages.of(model, version))):
         for n, made in reversed(list(enumerate(edits(model, row.number)))):
-            found += _requests(made, lambda number=row.number, n=n: edits(model, number)[n], decoder)
+            found += _requests(made, partial(_nth, edits, model, row.number, n), decoder)
     return Earlier(requests=tuple(found), folder=folder)
+
+
+def _nth(edits: Callable[[str, int], Sequence[Made]], model: str, version: int, n: int) -> Made:
+    return edits(model, version)[n]
 
 
 def _requests(made: Made, again: Callable[[], Made], decoder: Decoder) -> Iterator[EarlierRequest]:
