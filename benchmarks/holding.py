@@ -1,8 +1,8 @@
 """An edit on a version of a thousand edits, by the service's own path: `python benchmarks/holding.py` (docs/adr/0008).
 
 On Atlas, in a ledger that is planted: every version is an edit of one request of eight contexts, in words or with
-pictures, and has a small delta that nobody solved. Then one request is edited on the last of them: where no keys of what
-is held are kept, where they are, and by a method that holds nothing. CPU seconds of one thread.
+pictures, and has a small delta that nobody solved. Then one request is edited on the last of them: where no keys of
+what is held are kept, where they are, and by a method that holds nothing. CPU seconds of one thread.
 """
 
 import io
