@@ -5,10 +5,9 @@ be used; what cannot is computed anew.
 """
 
 import hashlib
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from tempfile import mkstemp
+from secrets import token_hex
 
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,10 +25,9 @@ def digest_of(parts: Iterable[str | bytes]) -> str:
 def write_whole(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Writes a safetensors file, from any number of threads and processes at once: the last one stays."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, partial = mkstemp(suffix=".partial", prefix=path.stem, dir=path.parent)
-    os.close(descriptor)
+    partial = path.with_name(f"{path.stem}.{token_hex(8)}.partial")
     try:
         save_file(dict(tensors), partial, dict(metadata))
-        Path(partial).replace(path)
+        partial.replace(path)
     finally:
-        Path(partial).unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
