@@ -144,7 +144,7 @@ def _against(held: Float[Tensor, "f p"], keys: Float[Tensor, "f n"], ridge: floa
     eye = ridge * torch.eye(min(f, p), dtype=held.dtype)
     if f < p:
         return torch.cholesky_solve(ridge * keys, torch.linalg.cholesky(held @ held.T + eye))
-    return keys - held @ torch.linalg.solve(held.T @ held + eye, held.T @ keys)
+    return keys - held @ torch.cholesky_solve(held.T @ keys, torch.linalg.cholesky(held.T @ held + eye))
 
 
 def eigenvectors(covariance: Float[Tensor, "m m"]) -> tuple[Float[Tensor, " m"], Float[Tensor, "m m"]]:
