@@ -15,13 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from errata.editor.delta import Delta, applied, empty_delta, load_delta, weight_of
+from errata.editor.earlier import Earlier
 from errata.editor.errors import ErrataError
 from errata.editor.evaluation import Evaluation, Metric, evaluate
-from errata.editor.methods import EditSettings, HeldKeys, Method, edit, solve_layer
+from errata.editor.methods import EditSettings, Method, edit, key_metric, solve_layer
 from errata.editor.model import EditableModel
 from errata.editor.recording import Recording, record
 from errata.editor.requests import EditRequest
-from errata.editor.solver import free_directions
+from errata.editor.solver import HeldKeys
 from errata.editor.states import Component
 from errata.editor.statistics import KeyStatistics
 from errata.editor.values import ValueSettings, optimise_values
@@ -33,7 +34,7 @@ EACH_KEY = 256
 """Requests that are held with each of their keys."""
 
 TOLERANCES = (1e-7, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
-"""Of re-compression, relative to the largest singular value."""
+"""Of re-compression (`Delta.compressed`)."""
 
 JUDGED = {
     Metric.EFFICACY: "efficacy",
@@ -130,7 +131,6 @@ class Made:
     nbytes: int = 0
     seconds: list[float] = field(default_factory=list)
     failed: Counter[str] = field(default_factory=Counter)
-    known: HeldKeys = field(default_factory=dict)
 
     def add(self, delta: Delta) -> None:
         """One edit more."""
@@ -170,12 +170,11 @@ def solve_next(
     layer, keys = LAYERS[0], [f.keys for f in facts]
     low = made.delta.layers.get(layer)
     residuals = [f.value[:, None] - f.outputs - (low.dense() @ f.keys if low else 0) for f in facts]
-    covariance = bench.statistics.covariance(layer)
-    free = None
-    if settings.method is Method.ALPHAEDIT:
-        free = free_directions(*bench.statistics.eigenvectors(layer), energy=settings.null_energy)
+    kept = HeldKeys()
+    for fact in held:
+        kept.add(_holding(fact, len(held)))
     try:
-        found = solve_layer(keys, residuals, settings, covariance, [_holding(h, len(held)) for h in held], free)
+        found = solve_layer(keys, residuals, settings, key_metric(settings, bench.statistics, layer), kept)
         modules = {layer: bench.model.down_projection_name(layer)}
         made.add(Delta(base_sha256=bench.model.base_sha256, layers={layer: found}, modules=modules))
     except ErrataError as error:
@@ -192,11 +191,9 @@ def edit_anew(
     bench: Bench, made: Made, facts: Sequence[Change], settings: EditSettings, earlier: Sequence[EditRequest]
 ) -> None:
     """One edit more, as the service makes it; one that cannot be made is counted, and judged with the others."""
-    requests = [request(c) for c in facts]
+    requests, held = [request(c) for c in facts], Earlier.of(earlier, bench.made / "keys")
     try:
-        found = edit(
-            bench.model, requests, settings, bench.statistics, parent=made.delta, earlier=earlier, known=made.known
-        )
+        found = edit(bench.model, requests, settings, bench.statistics, parent=made.delta, earlier=held)
         made.add(found.delta)
     except ErrataError as error:
         made.failed[type(error).__name__] += 1

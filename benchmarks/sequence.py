@@ -15,6 +15,7 @@ from rich.table import Table
 from errata.editor.atlas.facts import edit_requests, errata, long_tail, probes, references
 from errata.editor.checkpoints import ATLAS, load_model
 from errata.editor.delta import Delta, applied, empty_delta
+from errata.editor.earlier import Earlier
 from errata.editor.evaluation import Evaluation, Metric, Probe, evaluate
 from errata.editor.methods import HOLDING, EditSettings, Method, edit
 from errata.editor.model import EditableModel
@@ -32,7 +33,7 @@ def edited(
     for request in requests:
         # As the server does: eight contexts stand for a request.
         earlier = [replace(r, contexts=r.contexts[:: max(1, len(r.contexts) // 8)]) for r in done] if hold else []
-        found = edit(model, [request], settings, statistics, parent=whole, earlier=earlier)
+        found = edit(model, [request], settings, statistics, parent=whole, earlier=Earlier.of(earlier))
         whole, done = (whole + found.delta).compressed(), [*done, request]
     return whole
 

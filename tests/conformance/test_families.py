@@ -17,6 +17,7 @@ from transformers import BertConfig, BertForMaskedLM, DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 from errata.editor.delta import Delta, applied, load_delta, merged, weight_of
+from errata.editor.earlier import Earlier
 from errata.editor.errors import UnknownFamilyError
 from errata.editor.families import FAMILIES, family_of
 from errata.editor.methods import EditSettings, Method, edit
@@ -103,6 +104,15 @@ def test_the_down_projections_output_is_the_mlps_and_its_input_the_key(model: Ed
         bias = getattr(model.down_projection(i), "bias", None)
         value = oracle.keys(model, row, i) @ weight.T + (0 if bias is None else bias)
         close(value, states["mlp", i])
+
+
+def test_the_key_of_an_earlier_request_is_read_from_a_run_that_ends_there(model: EditableModel) -> None:
+    asked = [context(model), context(model, "Where is this country?", seed=1)]
+    earlier = Earlier.of([EditRequest(name="it", contexts=tuple(asked), target="Rome")])
+    sites = [model.encode_at(c, field="context") for c in asked]
+    for i in (0, len(model.layers) - 1):
+        (keys,) = earlier.keys(model, i, of_base=True)
+        close(keys, torch.stack([oracle.keys(model, row, i)[end] for row, end in sites], dim=1).double())
 
 
 def test_what_stands_before_an_answers_token_is_blind_to_it(model: EditableModel) -> None:

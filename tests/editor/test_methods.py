@@ -7,13 +7,17 @@ the constraints here end their prompts.
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
 import oracle
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import picture, random_delta, tiny_model
 
+from errata.editor.checkpoints import hash_tensors
 from errata.editor.delta import Delta, applied, empty_delta, merged
+from errata.editor.earlier import Earlier, EarlierRequest
 from errata.editor.errors import (
     CancelledError,
     ConflictingRequestsError,
@@ -26,20 +30,18 @@ from errata.editor.errors import (
     WrongBaseError,
 )
 from errata.editor.methods import (
+    HOLDING,
     EditResult,
     EditSettings,
-    HeldKeys,
     Keys,
     Method,
     Stage,
     edit,
-    solve_layer,
 )
 from errata.editor.model import EditableModel
 from errata.editor.prompts import Constraint, Prompt
 from errata.editor.recording import record
 from errata.editor.requests import Context, EditRequest
-from errata.editor.solver import free_directions
 from errata.editor.statistics import KeyStatistics, key_statistics
 from errata.editor.values import ValueSettings
 
@@ -295,7 +297,9 @@ def test_what_earlier_edits_installed_is_held(model: EditableModel, method: Meth
     def disturbed(*earlier: EditRequest) -> float:
         """How far the second edit changes what stands at the first one's key, relative to its own size."""
         settings, statistics = settings_of(method), statistics_of(model)
-        second = edit(model, [paris(model)], settings, statistics, parent=first, earlier=earlier).delta.layers[1]
+        second = edit(
+            model, [paris(model)], settings, statistics, parent=first, earlier=Earlier.of(earlier)
+        ).delta.layers[1]
         with applied(model, first), torch.no_grad():
             row, site = model.encode_at(rome(model).contexts[0], field="context")
             key = record(model, [row], [site], key_layers=(1,), resumable=False)[0].keys[1][0].double()
@@ -306,40 +310,33 @@ def test_what_earlier_edits_installed_is_held(model: EditableModel, method: Meth
 
 
 @pytest.mark.parametrize("parent_layer", [0, 1])
-def test_keys_of_earlier_edits_are_computed_once_unless_something_below_them_changes(
-    model: EditableModel, parent_layer: int
+@pytest.mark.parametrize("layers", [(1,), (1, 2)])
+def test_an_edit_that_reads_kept_keys_is_the_edit_that_computes_them(
+    llama: EditableModel, tmp_path: Path, layers: tuple[int, ...], parent_layer: int
 ) -> None:
-    parent, settings, statistics = (
-        random_delta(model, {parent_layer: 2}),
-        settings_of(Method.MEMIT),
-        statistics_of(model),
-    )
-    known: HeldKeys = {}
+    """Only keys that no edit changes are kept: those at the first layer, where the parent edits nothing below it."""
+    parent, settings = random_delta(llama, {parent_layer: 2}), settings_of(Method.MEMIT, layers)
 
-    def held(known: HeldKeys | None) -> str:
-        found = edit(model, [paris(model)], settings, statistics, parent=parent, earlier=[rome(model)], known=known)
-        return found.delta.sha256
+    def held(folder: Path | None) -> str:
+        earlier = Earlier.of([rome(llama)], folder)
+        return edit(llama, [paris(llama)], settings, statistics_of(llama), parent=parent, earlier=earlier).delta.sha256
 
     fresh = held(None)
-    assert held(known) == held(known) == fresh
-    assert set(known) == ({("rome", 1)} if parent_layer == 1 else set())
-    if known:
-        known["rome", 1] = known["rome", 1].flip(0)
-        assert held(known) != fresh
+    assert held(tmp_path) == held(tmp_path) == fresh
+    assert len(list(tmp_path.iterdir())) == (parent_layer == 1)
+    for file in tmp_path.iterdir():
+        other = load_file(file)["keys"].flip(1)
+        save_file({"keys": other}, file, {"sha256": hash_tensors([("keys", other)])})
+        assert held(tmp_path) != fresh
 
 
-def test_alphaedits_null_space_is_the_same_from_kept_eigenvectors(llama: EditableModel) -> None:
-    random = torch.Generator().manual_seed(0)
-    keys, residuals, held = (
-        [torch.randn(n, 2, generator=random, dtype=torch.float64) for _ in range(3)] for n in (48, 32, 48)
-    )
-    settings, statistics = settings_of(Method.ALPHAEDIT), statistics_of(llama)
-    free = free_directions(*statistics.eigenvectors(1), energy=settings.null_energy)
-    assert 0 < free.shape[1] < 48
-    for earlier in ([], held):
-        found = solve_layer(keys, residuals, settings, statistics.covariance(1), earlier, free)
-        expected = solve_layer(keys, residuals, settings, statistics.covariance(1), earlier)
-        torch.testing.assert_close(found.dense(), expected.dense(), rtol=1e-5, atol=1e-6)
+@pytest.mark.parametrize("method", [m for m in Method if m not in HOLDING])
+def test_a_method_that_holds_nothing_does_not_look_at_what_was_edited(llama: EditableModel, method: Method) -> None:
+    def fail() -> tuple[Context, ...]:
+        raise AssertionError("these contexts are not needed")
+
+    earlier = Earlier(requests=(EarlierRequest(name="rome", subjects=frozenset(), contexts=fail),))
+    edit(llama, [paris(llama)], settings_of(method), statistics_of(llama), earlier=earlier)
 
 
 @pytest.mark.parametrize(
@@ -355,7 +352,7 @@ def test_an_edit_is_not_held_back_by_what_it_replaces(
     )
     settings, statistics = settings_of(Method.MEMIT), statistics_of(model)
     free = edit(model, [new], settings, statistics, parent=parent)
-    held = edit(model, [new], settings, statistics, parent=parent, earlier=[old])
+    held = edit(model, [new], settings, statistics, parent=parent, earlier=Earlier.of([old]))
     assert held.delta.sha256 == free.delta.sha256
 
 
@@ -399,6 +396,21 @@ def test_each_layer_that_is_solved_is_a_step_and_rome_solves_each_request(
     two = [rome(llama), paris(llama)]
     edit(llama, two, settings_of(method, layers=(0, 1)), statistics_of(llama), progress=lambda *t: told.append(t))
     assert [t[1:] for t in told if t[0] is Stage.SOLVE] == [(n, solves) for n in range(solves + 1)]
+
+
+def test_holding_an_earlier_request_is_a_step_at_each_layer_and_can_be_cancelled(llama: EditableModel) -> None:
+    told: list[tuple[Stage, int, int]] = []
+    earlier, settings = Earlier.of([rome(llama)] * 3), settings_of(Method.MEMIT, layers=(0, 1))
+
+    def held(**own: Callable[..., object]) -> None:
+        edit(llama, [paris(llama)], settings, statistics_of(llama), earlier=earlier, **own)
+
+    held(progress=lambda *t: told.append(t))
+    assert [t[1:] for t in told if t[0] is Stage.SOLVE] == [(n, 8) for n in range(9)]
+    told.clear()
+    with pytest.raises(CancelledError, match="nothing was changed"):
+        held(progress=lambda *t: told.append(t), cancelled=lambda: bool(told) and told[-1][:2] == (Stage.SOLVE, 2))
+    assert told[-1][:2] == (Stage.SOLVE, 2)
 
 
 @pytest.mark.parametrize("target", ["<image>", "a <image> b"])

@@ -9,6 +9,7 @@ from torch import Tensor
 from errata.editor.delta import LowRank
 from errata.editor.errors import IllConditionedError
 from errata.editor.solver import (
+    HeldKeys,
     Identity,
     InverseCovariance,
     KeyMetric,
@@ -167,7 +168,7 @@ def test_alphaedit_never_changes_what_preserved_keys_put_out(d: int, m: int, n: 
     assert float((found.dense() @ k).norm()) > 0
 
 
-@given(shape=SHAPES, ridge=st.sampled_from([0.01, 1.0, 30.0]), p=st.integers(1, 6))
+@given(shape=SHAPES, ridge=st.sampled_from([0.01, 1.0, 30.0]), p=st.integers(1, 40))
 def test_alphaedit_with_earlier_edits_is_its_published_formula(
     shape: tuple[int, int, int, int], ridge: float, p: int
 ) -> None:
@@ -182,7 +183,30 @@ def test_alphaedit_with_earlier_edits_is_its_published_formula(
     )
 
 
-@given(shape=SHAPES, weight=st.sampled_from([0.5, 1.0, 100.0]), p=st.integers(1, 6))
+@given(sizes=st.lists(st.integers(1, 8), min_size=1, max_size=30), seed=st.integers(0, 10_000))
+def test_any_number_of_requests_is_held_in_twice_as_many_columns_as_the_keys_have_rows(
+    sizes: list[int], seed: int
+) -> None:
+    random = torch.Generator().manual_seed(seed)
+    keys, held = [torch.randn(12, n, generator=random) for n in sizes], HeldKeys()
+    for k in keys:
+        held.add(k)
+    columns = held.matrix()
+    assert columns is not None
+    assert columns.shape[1] <= 24 + 8
+    assert columns.dtype == torch.float64
+    # A request counts as one, whatever the number of its contexts.
+    expected = sum((k.double() @ k.double().T / k.shape[1] for k in keys), torch.zeros(12, 12, dtype=torch.float64))
+    torch.testing.assert_close(columns @ columns.T, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_nothing_held_is_no_matrix_and_the_identity_holds_nothing() -> None:
+    assert HeldKeys().matrix() is None
+    with pytest.raises(NotImplementedError, match="Identity"):
+        Identity().holding(torch.ones(3, 1), 0.1)
+
+
+@given(shape=SHAPES, weight=st.sampled_from([0.5, 1.0, 100.0]), p=st.integers(1, 40))
 def test_memit_holds_earlier_edits_as_firmly_as_it_seeks_new_ones(
     shape: tuple[int, int, int, int], weight: float, p: int
 ) -> None:

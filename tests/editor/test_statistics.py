@@ -13,6 +13,7 @@ from errata.editor.errors import LayerError
 from errata.editor.model import EditableModel
 from errata.editor.prompts import Constraint, Prompt
 from errata.editor.requests import Context
+from errata.editor.solver import eigenvectors, free_directions
 from errata.editor.statistics import KeyStatistics, key_statistics
 
 TEXTS = ("What is the capital of this country?", "Where?", "What is this?", "Where?")
@@ -90,6 +91,15 @@ def test_eigenvectors_are_those_of_c0_and_kept_unless_a_reference_is_left_out(ll
         torch.testing.assert_close(vectors * values @ vectors.T, found.covariance(1, without))
     assert found.eigenvectors(1, ("Bonn",))[1] is found.eigenvectors(1)[1]
     assert found.eigenvectors(1, ("Rome",))[1] is not found.eigenvectors(1)[1]
+
+
+def test_free_directions_leave_out_references_to_what_is_edited(llama: EditableModel) -> None:
+    found = key_statistics(llama, [about(llama, "Rome", 0), about(llama, "Oslo", 1), *reference(llama)], (1,))
+    for without in ((), ("Rome",)):
+        free = found.free_directions(1, without, energy=0.3)
+        assert 0 < free.shape[1] < len(free)
+        assert free.equal(free_directions(*eigenvectors(found.covariance(1, without)), energy=0.3))
+    assert not found.free_directions(1, energy=0.3).equal(found.free_directions(1, ("Rome",), energy=0.3))
 
 
 def test_image_tokens_and_the_template_count(llava: EditableModel) -> None:

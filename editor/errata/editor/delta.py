@@ -121,16 +121,17 @@ class Delta:
     def compressed(self, tolerance: float = 1e-7) -> "Delta":
         """The same ΔW at its smallest rank, by QR of both factors and SVD of the small core between them.
 
-        Singular values up to `tolerance` times the largest are dropped: rounding noise, at the default. A layer
-        that comes to nothing is dropped.
+        Singular values up to `tolerance` times ‖A‖‖B‖, the factors' own size in Frobenius norms, are dropped: rounding
+        noise, at the default. That is never less than the largest of them, and of k equal ones, balanced, k times it. A
+        layer that comes to nothing is dropped.
         """
         layers = {}
         for i, low in self.layers.items():
             q_b, r_b = torch.linalg.qr(low.b.double())
             q_a, r_a = torch.linalg.qr(low.a.double().T)
             u, s, vh = torch.linalg.svd(r_b @ r_a.T)
-            # Against the factors' own size, so that a sum that cancels comes to nothing.
-            scale = max(float(s[0]), float(low.b.double().norm() * low.a.double().norm()))
+            # Not against the largest of them, so that a sum that cancels comes to nothing.
+            scale = float(low.b.double().norm() * low.a.double().norm())
             kept = int((s > tolerance * scale).sum())
             if kept:
                 root = s[:kept].sqrt()

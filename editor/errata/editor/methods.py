@@ -3,9 +3,8 @@
 One path serves every method; a method is a key metric, a ridge, and whether requests are solved together.
 """
 
-from collections.abc import Callable, MutableMapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
 from itertools import count
@@ -15,7 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from errata.editor.delta import Delta, LowRank, applied, empty_delta
+from errata.editor.earlier import Earlier
 from errata.editor.errors import (
+    CancelledError,
     ConflictingRequestsError,
     InvalidInputError,
     NoCausalSiteError,
@@ -26,12 +27,12 @@ from errata.editor.model import EditableModel, same_answer
 from errata.editor.recording import record
 from errata.editor.requests import EditRequest, check_batch
 from errata.editor.solver import (
+    HeldKeys,
     Identity,
     InverseCovariance,
     KeyMetric,
     NullSpace,
-    eigenvectors,
-    free_directions,
+    shared,
     solve_edit,
     solve_weighted,
 )
@@ -66,7 +67,8 @@ class Stage(StrEnum):
 
 
 StageProgress = Callable[[Stage, int, int], None]
-"""Called with a stage, its steps that are done (0 where it begins), and its steps in all: of descent, or layers."""
+"""Called with a stage, its steps that are done (0 where it begins), and its steps in all: of descent; or layers, and
+earlier requests that are held at each."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,10 +99,6 @@ RIDGES = {Method.MULTEDIT: 0.01, Method.ROME: 0.0, Method.MEMIT: 0.0, Method.EMM
 
 HOLDING = frozenset({Method.MEMIT, Method.ALPHAEDIT})
 """The methods that hold what earlier edits installed."""
-
-
-HeldKeys = MutableMapping[tuple[str, int], Float[Tensor, "m n"]]
-"""Keys of earlier requests by their name and the layer, to be given to the next edit of the same base again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,66 +132,61 @@ def edit(
     statistics: KeyStatistics | None = None,
     *,
     parent: Delta | None = None,
-    earlier: Sequence[EditRequest] = (),
-    known: HeldKeys | None = None,
+    earlier: Earlier | None = None,
     progress: StageProgress | None = None,
     cancelled: Callable[[], bool] | None = None,
 ) -> EditResult:
     """Edits a batch of requests into a delta on `parent`, the base where None. The model is left as it was.
 
-    `earlier` are requests that the parent holds already: MEMIT and AlphaEdit keep what stands at their keys as firmly
-    as they install the new values; those of a subject or key that is edited again are left out. Their keys at a layer
-    that nothing is changed below are taken from `known`, and put there, if it is given. Every method but MultEdit needs
-    `statistics` of the layers. Raises InvalidInputError and its kinds for requests that cannot be edited, NoOpEditError
-    for one whose target is the present answer, ConflictingRequestsError for two with one key and different targets,
-    NoCausalSiteError where no value moved, IllConditionedError, CancelledError.
+    `earlier` is what the parent holds already: MEMIT and AlphaEdit keep what stands at its keys as firmly as they
+    install the new values; requests of a subject or key that is edited again are left out. No other delta may be
+    applied to `model`. Every method but MultEdit needs `statistics` of the layers. Raises InvalidInputError and its
+    kinds for requests that cannot be edited, NoOpEditError for one whose target is the present answer,
+    ConflictingRequestsError for two with one key and different targets, NoCausalSiteError where no value moved,
+    IllConditionedError, CancelledError.
     """
     check_batch(tuple(requests))
     check_settings(model, settings, statistics)
     tell: StageProgress = progress or (lambda *_: None)
     tell(Stage.VALUES, 0, settings.values.steps)
-    with applied(model, parent) if parent else nullcontext():
-        before = [a.text for a in model.generate([r.contexts[0].prompt for r in requests])]
-        for i, (request, answer) in enumerate(zip(requests, before, strict=True)):
-            if same_answer(request.contexts[0].answer or request.target, answer):
-                raise NoOpEditError(
-                    f"the model already answers {answer!r} to {request.contexts[0].prompt.text!r}; drop the request",
-                    field=f"requests[{i}].target",
-                )
-        found = _at_constraints(model, requests, settings.layers[-1], settings.layers[-1])
-        _refuse_conflicts(requests, found, settings.layers[-1])
+    parent, last = parent or empty_delta(model), settings.layers[-1]
+    with applied(model, parent):
+        before = _answers_before(model, requests)
+        found = _at_constraints(model, requests, last, last)
+        _refuse_conflicts(requests, found, last)
         values = optimise_values(
-            model,
-            requests,
-            settings.layers[-1],
-            settings.values,
-            progress=partial(tell, Stage.VALUES),
-            cancelled=cancelled,
+            model, requests, last, settings.values, progress=partial(tell, Stage.VALUES), cancelled=cancelled
         )
-        one_by_one = settings.method is Method.ROME
-        solved = _counted(partial(tell, Stage.SOLVE), len(settings.layers) * (len(requests) if one_by_one else 1))
-        delta = empty_delta(model)
-        if one_by_one:
-            # ROME solves one request at a time; the next one sees the edits before it.
-            for request, value in zip(requests, values, strict=True):
-                delta = delta + _spread(model, [request], [value], settings, statistics, delta, solved=solved)
+        held = _to_hold(earlier, requests, settings.method)
+        steps = len(settings.layers) * (len(requests) if settings.method is Method.ROME else 1 + len(held.requests))
+        work = _Work(model, settings, statistics, parent, held, _counted(partial(tell, Stage.SOLVE), steps), cancelled)
+        if settings.method is Method.ROME:
+            delta = _one_by_one(work, requests, values)
         else:
-            kept = [r for r in earlier if not _subjects([r]) & _subjects(requests)]
-            lowest = min([*settings.layers, *(parent.layers if parent else ())])
-            delta = _spread(
-                model, requests, values, settings, statistics, delta, kept, found,
-                known=known if lowest == settings.layers[0] else None, solved=solved,
-            )  # fmt: skip
+            delta = _spread(work, requests, values, before=found)
     if not delta.layers:
         raise NoCausalSiteError(
-            f"nothing was installed: at layer {settings.layers[-1]} no value at the constraint changes the answer; "
-            "choose earlier layers, or let a trace choose them"
+            f"nothing was installed: at layer {last} no value at the constraint changes the answer; choose earlier "
+            "layers, or let a trace choose them"
         )
     outcomes = tuple(
         RequestOutcome(name=r.name, target=r.target, before=b, value=v)
         for r, b, v in zip(requests, before, values, strict=True)
     )
     return EditResult(delta=delta, settings=settings, outcomes=outcomes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What an edit's layers are solved with. `done` tells of one step more."""
+
+    model: EditableModel
+    settings: EditSettings
+    statistics: KeyStatistics | None
+    parent: Delta
+    held: Earlier
+    done: Callable[[], None]
+    cancelled: Callable[[], bool] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,53 +218,69 @@ def check_settings(model: EditableModel, settings: EditSettings, statistics: Key
         )
 
 
+def _answers_before(model: EditableModel, requests: Sequence[EditRequest]) -> list[str]:
+    """What each request's first context is answered now. Raises NoOpEditError where that is what it asks for."""
+    asked = [r.contexts[0].prompt for r in requests]
+    before = [a.text for a in model.generate(asked, field="requests[{}].contexts[0]".format)]
+    for i, (request, answer) in enumerate(zip(requests, before, strict=True)):
+        if same_answer(request.contexts[0].answer or request.target, answer):
+            raise NoOpEditError(
+                f"the model already answers {answer!r} to {request.contexts[0].prompt.text!r}; drop the request",
+                field=f"requests[{i}].target",
+            )
+    return before
+
+
+def _to_hold(earlier: Earlier | None, requests: Sequence[EditRequest], method: Method) -> Earlier:
+    """What the method holds of what was edited earlier: all that is not of a subject that is edited again."""
+    if earlier is None or method not in HOLDING:
+        return Earlier()
+    again = _subjects(requests)
+    return replace(earlier, requests=tuple(r for r in earlier.requests if r.subjects.isdisjoint(again)))
+
+
+def _one_by_one(work: _Work, requests: Sequence[EditRequest], values: Sequence[Value]) -> Delta:
+    """ROME solves one request at a time; the next one sees the edits before it."""
+    delta = empty_delta(work.model)
+    for request, value in zip(requests, values, strict=True):
+        delta = delta + _spread(work, [request], [value], below=delta)
+    return delta
+
+
 def _spread(
-    model: EditableModel,
+    work: _Work,
     requests: Sequence[EditRequest],
     values: Sequence[Value],
-    settings: EditSettings,
-    statistics: KeyStatistics | None,
-    below: Delta,
-    earlier: Sequence[EditRequest] = (),
-    before: Sequence[Sequence[_State]] | None = None,
     *,
-    known: HeldKeys | None = None,
-    solved: Callable[[], None],
+    below: Delta | None = None,
+    before: Sequence[Sequence[_State]] | None = None,
 ) -> Delta:
-    """ΔW of every layer for these requests, on top of `below`. `before`: their states there, if known. `known` has the
-    keys of `earlier` at the lowest layer.
+    """ΔW of every layer for these requests, on top of `below`. `before`: their states there, if known.
 
     Later layers see the edits below them, so keys, and what is left to install, are computed again before each
     (MEMIT §4.3).
     """
-    delta = empty_delta(model)
-    last = settings.layers[-1]
+    model, layers = work.model, work.settings.layers
+    delta, below, last = empty_delta(model), below or empty_delta(model), layers[-1]
     with applied(model, below):
         before = before or _at_constraints(model, requests, last, last)
-        # The residual stream after the last layer, as if its MLP had put out v*.
-        wanted = [[s.output - s.mlp + v.value.double() for s in ss] for ss, v in zip(before, values, strict=True)]
-    for n, layer in enumerate(settings.layers):
+    # The residual stream after the last layer, as if its MLP had put out v*.
+    wanted = [[s.output - s.mlp + v.value.double() for s in ss] for ss, v in zip(before, values, strict=True)]
+    for n, layer in enumerate(layers):
         with applied(model, below, delta):
-            found = before if len(settings.layers) == 1 else _at_constraints(model, requests, layer, last)
-            held = _held(model, earlier, layer, last, known if n == 0 else None)
-        share = 1 / (len(settings.layers) - n)
-        keys = _keys(found)
-        held = [h for h in held if not _alike(h, torch.cat(keys, 1))]
+            found = before if len(layers) == 1 else _at_constraints(model, requests, layer, last)
+            keys = [torch.stack([s.key for s in ss], dim=1) for ss in found]
+            held = _held(work, layer, torch.cat(keys, 1), (*work.parent.layers, *delta.layers))
+        share = 1 / (len(layers) - n)
         residuals = [
             share * torch.stack([w - s.output for w, s in zip(ws, ss, strict=True)], dim=1)
             for ws, ss in zip(wanted, found, strict=True)
         ]
-        subjects = _subjects(requests)
-        covariance = statistics.covariance(layer, subjects) if statistics else None
-        free = None
-        if statistics and settings.method is Method.ALPHAEDIT:
-            free = free_directions(*statistics.eigenvectors(layer, subjects), energy=settings.null_energy)
-        low = solve_layer(keys, residuals, settings, covariance, held, free)
-        one = Delta(
-            base_sha256=model.base_sha256, layers={layer: low}, modules={layer: model.down_projection_name(layer)}
-        )
-        delta = delta + one
-        solved()
+        metric = key_metric(work.settings, work.statistics, layer, _subjects(requests))
+        low = solve_layer(keys, residuals, work.settings, metric, held)
+        modules = {layer: model.down_projection_name(layer)}
+        delta = delta + Delta(base_sha256=model.base_sha256, layers={layer: low}, modules=modules)
+        work.done()
     return delta.compressed()
 
 
@@ -282,25 +291,16 @@ def _counted(progress: Progress, total: int) -> Callable[[], None]:
     return lambda: progress(next(done), total)
 
 
-def _keys(states: Sequence[Sequence[_State]]) -> list[Float[Tensor, "m n"]]:
-    """Each request's keys, a column a context."""
-    return [torch.stack([s.key for s in ss], dim=1) for ss in states]
-
-
-def _held(
-    model: EditableModel, earlier: Sequence[EditRequest], layer: int, last: int, known: HeldKeys | None
-) -> list[Float[Tensor, "m n"]]:
-    """The keys of earlier requests, of which `known` has some already."""
-    known = {} if known is None else known
-    unknown = [r for r in earlier if (r.name, layer) not in known]
-    for request, keys in zip(unknown, _keys(_at_constraints(model, unknown, layer, last)), strict=True):
-        known[request.name, layer] = keys
-    return [known[r.name, layer] for r in earlier]
-
-
-def _shared(columns: Sequence[Float[Tensor, "k n"]]) -> list[Float[Tensor, "k n"]]:
-    """A request's contexts share its weight: in least squares a column counts by the square of its length."""
-    return [c / c.shape[1] ** 0.5 for c in columns]
+def _held(work: _Work, layer: int, keys: Float[Tensor, "m n"], edited: Collection[int]) -> HeldKeys:
+    """What is to stay at a layer: the earlier requests' keys, but of those that have one of the new `keys`."""
+    held, keys = HeldKeys(), keys.cpu()
+    for earlier in work.held.keys(work.model, layer, of_base=all(i >= layer for i in edited)):
+        if work.cancelled and work.cancelled():
+            raise CancelledError("the edit was cancelled; nothing was changed")
+        if not _alike(earlier, keys):
+            held.add(earlier)
+        work.done()
+    return held
 
 
 def _alike(held: Float[Tensor, "m p"], keys: Float[Tensor, "m n"]) -> bool:
@@ -326,59 +326,49 @@ def _at_constraints(
     return [[next(found) for _ in r.contexts] for r in requests]
 
 
-def _subjects(requests: Sequence[EditRequest]) -> set[str]:
-    return {c.subject for r in requests for c in r.contexts if c.subject is not None}
+def _subjects(requests: Sequence[EditRequest]) -> frozenset[str]:
+    return frozenset().union(*(r.subjects for r in requests))
 
 
 def solve_layer(
     keys: Sequence[Float[Tensor, "m n"]],
     residuals: Sequence[Float[Tensor, "d n"]],
     settings: EditSettings,
-    covariance: Float[Tensor, "m m"] | None,
-    held: Sequence[Float[Tensor, "m p"]] = (),
-    free: Float[Tensor, "m f"] | None = None,
+    metric: KeyMetric,
+    held: HeldKeys | None = None,
 ) -> LowRank:
-    """ΔW of one layer by the settings' method (methods.md §5), in float64.
+    """ΔW of one layer by the settings' method (methods.md §5), whose `metric` it is, in float64.
 
-    `keys` and `residuals` are one matrix a request, a column a context; `held` are keys of earlier edits, a matrix an
-    edit, whose values must stay; `free` is AlphaEdit's null space, where it is known. Raises IllConditionedError.
+    `keys` and `residuals` are one matrix a request, a column a context; at the keys `held` nothing is to change. Raises
+    IllConditionedError.
     """
     if settings.keys is Keys.MEAN or settings.method is Method.ROME:
         keys, residuals = ([c.mean(1, keepdim=True) for c in columns] for columns in (keys, residuals))
-    else:
-        keys, residuals = _shared(keys), _shared(residuals)
-    K, R = (torch.cat(list(columns), 1).cpu() for columns in (keys, residuals))  # where the statistics are
+    K, R = (torch.cat([shared(c) for c in columns], 1).cpu() for columns in (keys, residuals))  # as the statistics
     ridge = RIDGES[settings.method] if settings.ridge is None else settings.ridge
     installed = 1.0 if settings.method is Method.MEMIT else 0.0
-    kept = torch.cat(_shared(held), 1).cpu() if held else None
-    if not ridge:
-        return solve_edit(K, R, _metric(settings, covariance, kept, 0.0, free), installed)
-    weighted = _metric(settings, covariance, None, 0.0, free).times(K)
-    ridge *= float((K * weighted).sum(0).mean())
-    if kept is not None:
-        weighted = _metric(settings, covariance, kept, ridge, free).times(K)
-    return solve_weighted(K, weighted, R, ridge + installed)
+    kept = held.matrix() if held else None
+    if ridge:
+        weighted = metric.times(K)
+        ridge *= float((K * weighted).sum(0).mean())
+        if kept is None:
+            return solve_weighted(K, weighted, R, ridge + installed)
+    return solve_edit(K, R, metric if kept is None else metric.holding(kept, ridge), ridge + installed)
 
 
-def _metric(
-    settings: EditSettings,
-    covariance: Float[Tensor, "m m"] | None,
-    held: Float[Tensor, "m p"] | None,
-    ridge: float,
-    free: Float[Tensor, "m f"] | None,
+def key_metric(
+    settings: EditSettings, statistics: KeyStatistics | None, layer: int, subjects: Collection[str] = ()
 ) -> KeyMetric:
-    """The method's key metric; `ridge` is λ in the units of KᵀMK."""
-    if settings.method is Method.MULTEDIT or covariance is None:
+    """The method's key metric at a layer; references to the `subjects` that are edited do not speak against it."""
+    if settings.method is Method.MULTEDIT or statistics is None:
         return Identity()
     match settings.method:
         case Method.MEMIT:
-            return InverseCovariance(covariance, weight=settings.preservation, earlier=held)
+            return InverseCovariance(statistics.covariance(layer, subjects), weight=settings.preservation)
         case Method.ALPHAEDIT:
-            if free is None:
-                free = free_directions(*eigenvectors(covariance), energy=settings.null_energy)
-            return NullSpace(free, earlier=held, ridge=ridge)
+            return NullSpace(statistics.free_directions(layer, subjects, energy=settings.null_energy))
         case _:
-            return InverseCovariance(covariance)
+            return InverseCovariance(statistics.covariance(layer, subjects))
 
 
 def _refuse_conflicts(requests: Sequence[EditRequest], found: Sequence[Sequence[_State]], layer: int) -> None:

@@ -48,6 +48,11 @@ class EditRequest:
                 except ConstraintNotFoundError as error:
                     raise error.within(f"{part}[{i}]") from None
 
+    @property
+    def subjects(self) -> frozenset[str]:
+        """What the contexts' constraints mean, where that is known."""
+        return frozenset(c.subject for c in self.contexts if c.subject is not None)
+
 
 def check_batch(requests: tuple[EditRequest, ...]) -> None:
     """Raises InvalidInputError for a batch without requests or with one name twice."""

@@ -16,8 +16,9 @@ where M = G⁻¹ and λ > 0 the same ΔW = RKᵀ(KKᵀ + λG)⁻¹ takes one sys
 Knows nothing about models, prompts or files; works in float64.
 """
 
+import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -33,6 +34,36 @@ class KeyMetric(ABC):
     @abstractmethod
     def times(self, keys: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
         """MK, in float64."""
+
+    def holding(self, earlier: Float[Tensor, "m p"], ridge: float) -> "KeyMetric":
+        """The metric under which what stands at the keys `earlier` is to stay, in a solve with the ridge λ.
+
+        Raises NotImplementedError for a metric that only knows its own keys.
+        """
+        raise NotImplementedError(f"{type(self).__name__} holds no earlier keys")
+
+
+class HeldKeys:
+    """K₁, the keys of earlier edits: what is to stay. Only K₁K₁ᵀ counts, so no more than 2m columns are ever held."""
+
+    def __init__(self) -> None:
+        self._parts: list[Float[Tensor, "m n"]] = []
+
+    def add(self, keys: Float[Tensor, "m n"]) -> None:
+        """One request's keys, a column a context."""
+        self._parts.append(shared(keys.double()))
+        if sum(part.shape[1] for part in self._parts) > 2 * len(keys):
+            # K₁ᵀ = QR, so K₁K₁ᵀ = RᵀR.
+            self._parts = [torch.linalg.qr(torch.cat(self._parts, 1).T, mode="r").R.T]
+
+    def matrix(self) -> Float[Tensor, "m p"] | None:
+        """K₁, in float64, or as many columns with the same K₁K₁ᵀ; None where nothing is held."""
+        return torch.cat(self._parts, 1) if self._parts else None
+
+
+def shared(columns: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
+    """A request's contexts share its weight: in least squares a column counts by the square of its length."""
+    return columns / math.sqrt(columns.shape[1])
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +97,9 @@ class InverseCovariance(KeyMetric):
             )
         return torch.cholesky_solve(keys.double(), factor) / self.weight
 
+    def holding(self, earlier: Float[Tensor, "m p"], ridge: float) -> "InverseCovariance":
+        return replace(self, earlier=earlier)
+
     def inverse(self) -> Float[Tensor, "m m"]:
         """G = M⁻¹, in float64, in a matrix of the caller's own."""
         return self._jittered(self.covariance.diagonal().double().mean()).mul_(self.weight)
@@ -84,7 +118,8 @@ class NullSpace(KeyMetric):
     """M = P, the projector on the directions that the keys to preserve hardly use (`free_directions`).
 
     What stands at the keys `earlier`, of edits made before, is held as firmly as the new residuals are sought, against
-    the ridge λ > 0 that is solved with (Fang et al. 2025, eq. 14): M = P − PK₁(λI + K₁ᵀPK₁)⁻¹K₁ᵀP.
+    the ridge λ > 0 that is solved with (Fang et al. 2025, eq. 14): M = P − PK₁(λI + K₁ᵀPK₁)⁻¹K₁ᵀP. With P = UUᵀ that is
+    U·λ(λI + UᵀK₁K₁ᵀU)⁻¹Uᵀ, a smaller system where there are more keys than free directions.
     """
 
     free: Float[Tensor, "m f"]
@@ -96,10 +131,20 @@ class NullSpace(KeyMetric):
         if self.earlier is not None:
             if not self.ridge > 0:
                 raise IllConditionedError("earlier edits are held against a ridge, which is 0; give one above 0")
-            held = self.free.T @ self.earlier.double()
-            normal = held.T @ held + self.ridge * torch.eye(held.shape[1], dtype=held.dtype)
-            within = within - held @ torch.linalg.solve(normal, held.T @ within)
+            within = _against(self.free.T @ self.earlier.double(), within, self.ridge)
         return self.free @ within
+
+    def holding(self, earlier: Float[Tensor, "m p"], ridge: float) -> "NullSpace":
+        return replace(self, earlier=earlier, ridge=ridge)
+
+
+def _against(held: Float[Tensor, "f p"], keys: Float[Tensor, "f n"], ridge: float) -> Float[Tensor, "f n"]:
+    """(I − H(λI + HᵀH)⁻¹Hᵀ)K = λ(λI + HHᵀ)⁻¹K, by the smaller of the two systems."""
+    f, p = held.shape
+    eye = ridge * torch.eye(min(f, p), dtype=held.dtype)
+    if f < p:
+        return torch.cholesky_solve(ridge * keys, torch.linalg.cholesky(held @ held.T + eye))
+    return keys - held @ torch.cholesky_solve(held.T @ keys, torch.linalg.cholesky(held.T @ held + eye))
 
 
 def eigenvectors(covariance: Float[Tensor, "m m"]) -> tuple[Float[Tensor, " m"], Float[Tensor, "m m"]]:

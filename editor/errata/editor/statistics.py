@@ -5,9 +5,7 @@ constraints' last tokens alone: an edit acts there, and among all tokens those k
 kept one by one, so that an edit can leave out the references to the very thing it edits.
 """
 
-import hashlib
 import json
-import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -16,14 +14,14 @@ from pathlib import Path
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from errata.editor.caching import digest_of, write_whole
 from errata.editor.images import sha256_of
 from errata.editor.model import EditableModel, Encoded, by_length
 from errata.editor.prompts import Prompt
 from errata.editor.requests import Context
-from errata.editor.solver import eigenvectors
+from errata.editor.solver import eigenvectors, free_directions
 from errata.editor.states import by_row
 from errata.editor.trace import Progress
 
@@ -57,6 +55,10 @@ class KeyStatistics:
         if layer not in self._eigenvectors:
             self._eigenvectors[layer] = eigenvectors(self.covariance(layer))
         return self._eigenvectors[layer]
+
+    def free_directions(self, layer: int, without: Collection[str] = (), *, energy: float) -> Float[Tensor, "m f"]:
+        """C₀'s eigenvectors of least energy (`solver.free_directions`)."""
+        return free_directions(*self.eigenvectors(layer, without), energy=energy)
 
     def covariance(self, layer: int, without: Collection[str] = ()) -> Float[Tensor, "m m"]:
         """C₀ of a layer in float64, from all references but those to the subjects `without`."""
@@ -164,8 +166,6 @@ def _encoded(model: EditableModel, references: Sequence[Prompt | Context]) -> tu
 def _fingerprint(
     model: EditableModel, references: Sequence[Prompt | Context], layers: Sequence[int], site_share: float
 ) -> str:
-    digest = hashlib.sha256()
-
     def parts() -> Iterator[str]:
         yield from (model.base_sha256, str(model.model.dtype), repr((sorted(layers), site_share)))
         for reference in references:
@@ -174,9 +174,7 @@ def _fingerprint(
             images = [sha256_of(i) for i in prompt.images]
             yield repr((prompt.text, prompt.chat, constraint, _subject(reference), images))
 
-    for part in parts():
-        digest.update(part.encode() + b"\0")
-    return digest.hexdigest()
+    return digest_of(parts())
 
 
 def _read(path: Path) -> KeyStatistics | None:
@@ -196,10 +194,7 @@ def _read(path: Path) -> KeyStatistics | None:
 
 
 def _write(path: Path, statistics: KeyStatistics) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     tensors = {f"everywhere.{i}": c for i, c in statistics.everywhere.items()}
     tensors |= {f"sites.{i}": k for i, k in statistics.sites.items()}
     said = {"subjects": statistics.subjects, "site_share": statistics.site_share, "count": statistics.count}
-    save_file(tensors, partial, {"statistics": json.dumps(said)})
-    partial.replace(path)
+    write_whole(path, tensors, {"statistics": json.dumps(said)})

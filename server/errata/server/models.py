@@ -86,6 +86,11 @@ class LoadedModel:
         """Bytes of the weights and buffers, which all replicas share."""
         return memory_bytes(self.base.model)
 
+    @property
+    def keys_folder(self) -> Path:
+        """Where the keys of what was edited are kept, beside the key statistics. Whatever is missing is made anew."""
+        return self._statistics_folder / "keys"
+
     @contextmanager
     def borrow(self) -> Iterator[EditableModel]:
         """A replica for one thread: hooks of its own, the base's weights. There are as many as were ever out at once.

@@ -27,7 +27,7 @@ from errata.editor.checkpoints import load_model
 from errata.editor.delta import applied
 from errata.editor.evaluation import Metric
 from errata.editor.methods import edit
-from errata.server.jobs.earlier import earlier_requests
+from errata.server.jobs.earlier import earlier_edits
 from errata.server.jobs.edits import own_probes
 from errata.server.jobs.lineages import Lineages
 from errata.server.ledger.rows import JobKind, JobRow, JobState, PublishState
@@ -201,12 +201,10 @@ def test_the_next_edit_holds_what_the_version_has(house: House, worker: Worker, 
     assert edited.made is not None
     message = edit_message(small_edit("Croatia", contexts=2), method=edit_pb2.METHOD_MEMIT, steps=4)
     row = succeeded(worker.run(message, version=edited.made))
-    earlier = earlier_requests(Lineages(house.ledger), house.decoder, "atlas", edited.made)
-    assert {r.name.partition(":")[0] for r in earlier.requests} == {"Estonia", "Latvia"}
-    assert earlier.whole
-    newest = earlier_requests(Lineages(house.ledger), house.decoder, "atlas", edited.made, most=1)
-    assert [r.name for r in newest.requests] == [earlier.requests[0].name]
-    assert not newest.whole
+    earlier = earlier_edits(
+        Lineages(house.ledger), house.decoder, "atlas", edited.made, house.models.get("atlas").keys_folder
+    )
+    assert [r.subjects for r in earlier.requests] == [{"Estonia"}, {"Latvia"}]
     order = house.decoder.edit(message)
     loaded = house.models.get("atlas")
     with loaded.borrow() as model:
@@ -214,7 +212,7 @@ def test_the_next_edit_holds_what_the_version_has(house: House, worker: Worker, 
         statistics = loaded.statistics(model, (LAYER,), loaded.references)
         held, free = (
             edit(model, order.requests, settings, statistics, parent=loaded.composed(edited.made), earlier=e).delta
-            for e in (earlier.requests, ())
+            for e in (earlier, None)
         )
     assert row.made is not None
     assert house.ledger.version("atlas", row.made).delta_sha256 == held.sha256 != free.sha256

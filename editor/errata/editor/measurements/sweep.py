@@ -28,12 +28,13 @@ from errata.editor.errors import (
 from errata.editor.evaluation import Metric, Probe
 from errata.editor.measurements.questions import Cancelled, Progress, said_to
 from errata.editor.measurements.swept import SweepResult, SweepSettings
-from errata.editor.methods import EditSettings, check_settings, edit, solve_layer
+from errata.editor.methods import EditSettings, check_settings, edit, key_metric, solve_layer
 from errata.editor.mixed import MixedDeltas, version_factors
 from errata.editor.model import EditableModel, by_length, same_answer
 from errata.editor.recording import record
 from errata.editor.report.wording import counted
 from errata.editor.requests import EditRequest, check_batch
+from errata.editor.solver import KeyMetric
 from errata.editor.states import Component
 from errata.editor.statistics import KeyStatistics
 from errata.editor.trace import AveragedTrace
@@ -197,21 +198,20 @@ class _Editor:
         values = optimise_values(
             self._model, self._requests, layer, settings.values, progress=progress, cancelled=self._cancelled
         )
-        covariances: dict[frozenset[str], Tensor] = {}
+        metrics: dict[frozenset[str], KeyMetric] = {}
         made = []
         for request, states, value in zip(self._requests, self._states, values, strict=True):
-            subjects = frozenset(c.subject for c in request.contexts if c.subject is not None)
-            if self._statistics and subjects not in covariances:
-                covariances[subjects] = self._statistics.covariance(layer, subjects)
-            made.append(self._single(states, value, settings, covariances.get(subjects)))
+            if request.subjects not in metrics:
+                metrics[request.subjects] = key_metric(settings, self._statistics, layer, request.subjects)
+            made.append(self._single(states, value, settings, metrics[request.subjects]))
         return made
 
-    def _single(self, states: _States, value: Value, settings: EditSettings, covariance: Tensor | None) -> _Edit:
+    def _single(self, states: _States, value: Value, settings: EditSettings, metric: KeyMetric) -> _Edit:
         (layer,) = settings.layers
         keys = states.keys[layer].double().T
         residuals = (value.value.double() - states.outputs[layer].double()).T
         try:
-            low = solve_layer([keys], [residuals], settings, covariance)
+            low = solve_layer([keys], [residuals], settings, metric)
         except IllConditionedError as error:
             return _Edit(None, value.losses[-1], error.reason)
         delta = Delta(

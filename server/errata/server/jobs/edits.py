@@ -8,11 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from errata.editor.delta import Delta, applied
+from errata.editor.earlier import Earlier
 from errata.editor.errors import NoCausalSiteError
 from errata.editor.evaluation import Metric, Probe
 from errata.editor.localization import choose_layers, most_layers
 from errata.editor.methods import HOLDING, EditSettings, Method, Stage, StageProgress, edit
 from errata.editor.model import EditableModel
+from errata.editor.report.wording import counted
 from errata.editor.requests import EditRequest
 from errata.editor.statistics import KeyStatistics
 from errata.editor.trace import AveragedTrace, TraceSettings
@@ -28,7 +30,7 @@ from errata.server.errors import MalformedError
 from errata.server.jobs.artifacts import Judged, edit_files
 from errata.server.jobs.auto import trace_edit
 from errata.server.jobs.comparison import compare
-from errata.server.jobs.earlier import MOST_REQUESTS, Earlier, earlier_requests
+from errata.server.jobs.earlier import earlier_edits
 from errata.server.jobs.faults import Fault
 from errata.server.jobs.guardrails import in_force, misses
 from errata.server.jobs.lineages import Lineages
@@ -88,14 +90,14 @@ class EditWork:
             layers, traced = self._layers(job, loaded, model, order, parent)
             settings = replace(order.settings, layers=layers)
             model.check_layers(layers, "layers.explicit.layers")
-            earlier = self._earlier(job, settings)
+            earlier = self._earlier(job, loaded, settings)
             result = edit(
                 model,
                 order.requests,
                 settings,
                 self._statistics(job, loaded, model, order, settings),
                 parent=loaded.composed(job.row.version),
-                earlier=earlier.requests,
+                earlier=earlier,
                 progress=self._progress(job),
                 cancelled=job.cancelled,
             )
@@ -105,19 +107,12 @@ class EditWork:
             evaluation = compare(model, (*own, *order.probes), parent, (*parent, result.delta), own=len(own))
         least = in_force(configured_guardrails(loaded.settings.guardrails), order.guardrails)
         rejections = misses(evaluation.scores, least)
-        unheld = f"only the newest {MOST_REQUESTS} requests of the parent are held; what older ones installed may fade"
-        return Judged(
-            result=result,
-            evaluation=evaluation,
-            rejections=rejections,
-            trace=traced,
-            notes=() if earlier.whole else (unheld,),
-        )
+        return Judged(result=result, evaluation=evaluation, rejections=rejections, trace=traced, notes=_holds(earlier))
 
-    def _earlier(self, job: RunningJob, settings: EditSettings) -> Earlier:
+    def _earlier(self, job: RunningJob, loaded: LoadedModel, settings: EditSettings) -> Earlier:
         if settings.method not in HOLDING:
             return Earlier()
-        return earlier_requests(self._lineages, self._decoder, job.row.model, job.row.version)
+        return earlier_edits(self._lineages, self._decoder, job.row.model, job.row.version, loaded.keys_folder)
 
     def _layers(
         self, job: RunningJob, loaded: LoadedModel, model: EditableModel, order: EditOrder, parent: Sequence[Delta]
@@ -169,6 +164,11 @@ class EditWork:
             job.step(done, total)
 
         return tell
+
+
+def _holds(earlier: Earlier) -> tuple[str, ...]:
+    """What the report says of earlier edits, if there are any to hold."""
+    return (f"holds {counted(len(earlier.requests), 'request')} of earlier edits",) if earlier.requests else ()
 
 
 def own_probes(requests: Sequence[EditRequest]) -> tuple[Probe, ...]:
