@@ -238,7 +238,7 @@ def branch_inputs(
     """
     tokens = trunks[0].tokens
     ids = pad_sequence([row.ids[tokens:] for row in rows], batch_first=True).to(model.device)
-    distinct = list(dict.fromkeys(trunks))
+    distinct = sorted(dict.fromkeys(trunks), key=lambda t: (id(t.stack), t.index))
     of = torch.tensor([distinct.index(t) for t in trunks], device=model.device)
     ahead = torch.tensor([t.ahead for t in trunks], device=model.device)
     at = torch.arange(tokens, tokens + ids.shape[1], device=model.device)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
 from errata.editor.branching import Trunk, branch_inputs, furthest, seen
 from errata.editor.memory import Memory
@@ -104,10 +104,11 @@ def _batches(rows: Sequence[Encoded], trunks: Sequence[Trunk | None], limit: int
     """Rows that can be run together: whole ones of one shape, or branches behind trunks of as many tokens."""
     whole = [i for i, trunk in enumerate(trunks) if trunk is None]
     batches = [[whole[i] for i in some] for some in by_length([rows[i] for i in whole], limit)]
-    branches: dict[int, list[int]] = {}
+    # Of one stack: it is not copied then.
+    branches: dict[tuple[int, int], list[int]] = {}
     for i, trunk in enumerate(trunks):
         if trunk is not None:
-            branches.setdefault(trunk.tokens, []).append(i)
+            branches.setdefault((trunk.tokens, id(trunk.stack)), []).append(i)
     for some in branches.values():
         some.sort(key=lambda i: len(rows[i].ids))
         batches += [some[i : i + limit] for i in range(0, len(some), limit)]
@@ -200,8 +201,10 @@ def _cut(value: Any, tokens: int) -> Any:
 
 
 def _call_of(call: Mapping[str, Any], row: int, offset: int, length: int) -> Mapping[str, Any]:
-    """A layer's arguments for one row; a mask that hides of a branch only what comes later is none."""
-    own = {k: _row_of(k, v, row) for k, v in call.items()}
+    """A layer's arguments for one row, without what a cache holds; a mask that hides of a branch only what comes later
+    is none.
+    """
+    own: dict[str, Any] = {k: Cache([]) if isinstance(v, Cache) else _row_of(k, v, row) for k, v in call.items()}
     own |= {k: _cut(own[k], length - offset) for k in POSITIONAL if own.get(k) is not None}
     mask = own.get("attention_mask")
     if offset and mask is not None:

@@ -110,26 +110,16 @@ def optimise_values(
     rows may take; None: what the model's device has. Raises MemoryLimitError where one row takes more.
     """
     memory = memory or Memory.of(model.device)
-    rows = _rows(model, requests, settings.most_contexts, memory)
-    recordings = record(
-        model,
-        [r.encoded.replaced(r.encoded.ids[:-1]) for r in rows],
-        [r.site for r in rows],
-        components=(Component.MLP, Component.LAYER),
-        trunks=[r.trunk for r in rows],
-        lowest=layer + 1,
-        memory=memory,
-    )
-    forget_below([r.trunk for r in rows], layer + 1)
-    start, scales = _start(rows, recordings, layer, len(requests))
+    stop = partial(_raise_if, cancelled)
+    rows = _recorded(model, requests, layer, settings.most_contexts, memory, stop)
+    start, scales = _start(rows, layer, len(requests))
     descent = _Descent(start, scales, settings)
-    packs = _packs(list(zip(rows, recordings, strict=True)))
+    packs = _packs(rows)
     most = memory.rows(settings.max_rows, _graph_bytes(model, packs, layer))
     batches = [_RowBatch(model, batch, layer) for batch in _batches(packs, most)]
     counts = _counts(rows, len(requests)).to(model.device)
     for step in range(settings.steps + 1):
-        if cancelled and cancelled():
-            raise CancelledError("the value optimisation was cancelled; nothing was changed")
+        stop()
         values, means = descent.values.requires_grad_(), torch.zeros_like(counts)
         run = partial(
             _RowBatch.add_losses,
@@ -154,6 +144,11 @@ def optimise_values(
 _Recorded = tuple[_Row, Recording]
 _Pack = list[_Recorded]
 """Rows that stand in one row of a batch."""
+
+
+def _raise_if(cancelled: Callable[[], bool] | None) -> None:
+    if cancelled and cancelled():
+        raise CancelledError("the value optimisation was cancelled; nothing was changed")
 
 
 def _graph_bytes(model: EditableModel, packs: Sequence[_Pack], layer: int) -> int:
@@ -227,19 +222,54 @@ class _Descent:
         ]
 
 
-def _rows(model: EditableModel, requests: Sequence[EditRequest], most_contexts: int, memory: Memory) -> list[_Row]:
+_TOGETHER = 32
+"""Requests whose rows are read at once: until then all layers' keys and values of their pictures are held."""
+
+
+def _recorded(
+    model: EditableModel,
+    requests: Sequence[EditRequest],
+    layer: int,
+    most_contexts: int,
+    memory: Memory,
+    stop: Callable[[], None],
+) -> list[_Recorded]:
+    """Every row that is descended on, with what the layers above `layer` need of it."""
+    found: list[_Recorded] = []
+    for first in range(0, len(requests), _TOGETHER):
+        stop()
+        numbered = list(enumerate(requests))[first : first + _TOGETHER]
+        rows = _rows(model, numbered, most_contexts, memory)
+        recordings = record(
+            model,
+            [r.encoded.replaced(r.encoded.ids[:-1]) for r in rows],
+            [r.site for r in rows],
+            components=(Component.MLP, Component.LAYER),
+            trunks=[r.trunk for r in rows],
+            lowest=layer + 1,
+            memory=memory,
+        )
+        forget_below([r.trunk for r in rows], layer + 1)
+        found += zip(rows, recordings, strict=True)
+    return found
+
+
+def _rows(
+    model: EditableModel, requests: Sequence[tuple[int, EditRequest]], most_contexts: int, memory: Memory
+) -> list[_Row]:
     """Every context with the target behind it, and every prompt to preserve with what the model answers."""
     asked = [
         _Asked.read(model, i, context, f"requests[{i}].contexts[{j}]")
-        for i, request in enumerate(requests)
+        for i, request in requests
         for j, context in enumerate(request.contexts[:most_contexts])
     ]
     kept = [
         _Asked.read(model, i, context, f"requests[{i}].preserve[{j}]")
-        for i, request in enumerate(requests)
+        for i, request in requests
         for j, context in enumerate(request.preserve)
     ]
-    targets = [a.answered(a.context.answer or requests[a.request].target) for a in asked]
+    of = dict(requests)
+    targets = [a.answered(a.context.answer or of[a.request].target) for a in asked]
     # What is right is what the model is hoped to say.
     rows = [*targets, *(k.drafted() for k in kept)]
     sites = [a.site for a in (*asked, *kept)]
@@ -294,14 +324,14 @@ class _Asked:
 
 
 def _start(
-    rows: Sequence[_Row], recordings: Sequence[Recording], layer: int, n: int
+    rows: Sequence[_Recorded], layer: int, n: int
 ) -> tuple[Float[Tensor, "requests d"], Float[Tensor, " requests"]]:
     """v₀ of each request, its contexts' mean output, and the scale: the larger of the mean norms of the MLP's output
     and of the residual stream that it joins.
     """
-    device, d = recordings[0].inputs.device, recordings[0].inputs.shape[-1]
+    device, d = rows[0][1].inputs.device, rows[0][1].inputs.shape[-1]
     outputs, own, stream, count = (torch.zeros(n, k, dtype=torch.float32, device=device) for k in (d, 1, 1, 1))
-    for row, recording in zip(rows, recordings, strict=True):
+    for row, recording in rows:
         if not row.preserved:
             output = recording.outputs[Component.MLP][layer, 0].float()
             outputs[row.request] += output
@@ -445,9 +475,9 @@ class _RowBatch:
             self._before = logits_of(self._model, states).log_softmax(-1)
 
 
-def _counts(rows: Sequence[_Row], n: int) -> Float[Tensor, "2 requests"]:
+def _counts(rows: Sequence[_Recorded], n: int) -> Float[Tensor, "2 requests"]:
     """Rows of each request: contexts, and preserved prompts."""
     counts = torch.zeros(2, n, dtype=torch.float32)
-    for row in rows:
+    for row, _ in rows:
         counts[int(row.preserved), row.request] += 1
     return counts.clamp(min=1)
