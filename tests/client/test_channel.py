@@ -94,6 +94,7 @@ def test_a_fault_other_than_unavailable_and_busy_is_not_repeated(client: Errata,
     assert fake.count("GetModel") == 1
 
 
+@pytest.mark.slow
 def test_a_server_that_stays_busy_is_given_up_with_its_hint(client: Errata, fake: Fake) -> None:
     fake.fail_next("GetModel", *[BUSY] * 9)
     with pytest.raises(BusyError) as caught:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Protocol
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -18,7 +19,21 @@ from errata.server.__main__ import MLFLOW, mlflow_command
 
 SECONDS = 240.0
 ROOT = Path(__file__).parents[2]
-_PORTIONS = os.pathsep.join(str(ROOT / p) for p in ("editor", "proto", "server", "client"))
+PORTIONS = os.pathsep.join(str(ROOT / p) for p in ("editor", "proto", "server", "client"))
+
+
+class Child(Protocol):
+    """What is asked of a child: a `subprocess.Popen`, or a `forked.Fork`."""
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float) -> int: ...
+
+    def send_signal(self, signal: int) -> None: ...
+
+    def terminate(self) -> None: ...
+
+    def kill(self) -> None: ...
 
 
 class Process:
@@ -26,23 +41,23 @@ class Process:
 
     def __init__(self, command: list[str], log: Path, environment: Mapping[str, str]) -> None:
         inherited = {k: v for k, v in os.environ.items() if not k.startswith("ERRATA_")}
-        path = os.pathsep.join(filter(None, (_PORTIONS, os.environ.get("PYTHONPATH", ""))))
+        path = os.pathsep.join(filter(None, (PORTIONS, os.environ.get("PYTHONPATH", ""))))
         self._log = log.open("a")
-        self.child = subprocess.Popen(
-            command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment},
-        )
+        settings = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+        self.child, self._output = self._start(command, {**inherited, **settings, **environment})
         self._seen, self._said = threading.Condition(), list[str]()
         self._ended = False
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
+    def _start(self, command: list[str], environment: dict[str, str]) -> tuple[Child, IO[str]]:
+        """A child of its own program, and what it says."""
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+        assert child.stdout
+        return child, child.stdout
+
     def _read(self) -> None:
-        assert self.child.stdout
-        for line in self.child.stdout:
+        for line in self._output:
             self._log.write(line)
             with self._seen:
                 self._said.append(line)
@@ -88,8 +103,7 @@ class Process:
         """Its exit status, once it has ended."""
         status = self.child.wait(SECONDS)
         self._reader.join(SECONDS)
-        assert self.child.stdout
-        self.child.stdout.close()
+        self._output.close()
         self._log.close()
         return status
 
@@ -124,9 +138,11 @@ class ServerProcess(Process):
 
 
 @contextmanager
-def server(data: Path, *, mlflow: str | None = None, fault: str = "") -> Iterator[ServerProcess]:
+def server(
+    data: Path, *, mlflow: str | None = None, kind: type[ServerProcess] = ServerProcess
+) -> Iterator[ServerProcess]:
     """A server that serves; drained on the way out, and then its exit status is 0."""
-    process = ServerProcess(data, mlflow=mlflow, fault=fault)
+    process = kind(data, mlflow=mlflow)
     try:
         yield process.serving()
         process.channel.close()

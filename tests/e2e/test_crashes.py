@@ -8,6 +8,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+from forked import ForkedServer
 from hosting import BASE, edit_message, generate_message
 from processes import SECONDS, ServerProcess, server
 
@@ -26,7 +27,7 @@ KILLED = -9
 
 def killed(data: Path, stage: str, ask: Callable[[ServerProcess], object] | None = None) -> None:
     """Starts a server that ends itself at a stage, asks it for something, and waits for the end."""
-    process = ServerProcess(data, fault=stage)
+    process = ForkedServer(data, fault=stage)
     try:
         if ask:
             process.connected()
@@ -64,7 +65,7 @@ def test_a_server_killed_at_each_stage_of_an_edit_loses_and_doubles_nothing(tmp_
     killed(tmp_path, "solved", lambda server: server.call.edits.CreateEdit(second))
     killed(tmp_path, "stored")
     killed(tmp_path, "committed")
-    with server(tmp_path) as last:
+    with server(tmp_path, kind=ForkedServer) as last:
         edits = ended(last)
         assert [e.job.state for e in edits] == [common_pb2.STATE_SUCCEEDED] * 2
         made = [_published(last, e.version) for e in reversed(edits)]
@@ -90,7 +91,7 @@ def derived(process: ServerProcess, ask: history_pb2.CreateDerivationRequest) ->
 
 
 def test_a_server_killed_in_a_derivation_and_in_its_publication_loses_and_doubles_nothing(tmp_path: Path) -> None:
-    with server(tmp_path) as first:
+    with server(tmp_path, kind=ForkedServer) as first:
         first.call.edits.CreateEdit(edit_message("Estonia"))
         [edit] = ended(first)
         made = [_published(first, edit.version)]
@@ -100,7 +101,7 @@ def test_a_server_killed_in_a_derivation_and_in_its_publication_loses_and_double
     killed(tmp_path, "stored", lambda server: derived(server, ask))
     for stage in ("committed", "mlflow:run", "mlflow:files", "mlflow:finished", "mlflow:registered"):
         killed(tmp_path, stage)
-    with server(tmp_path) as last:
+    with server(tmp_path, kind=ForkedServer) as last:
         revert = derived(last, ask)
         assert revert.job.state == common_pb2.STATE_SUCCEEDED
         made.append(_published(last, revert.version))
@@ -135,6 +136,6 @@ def _agrees(data: Path, made: list[model_pb2.Version]) -> None:
 
 
 def test_a_fault_that_names_no_stage_stops_the_start(tmp_path: Path) -> None:
-    process = ServerProcess(tmp_path, fault="nowhere")
+    process = ForkedServer(tmp_path, fault="nowhere")
     assert process.ended() == 1
     assert "'nowhere' is no stage" in process.said

@@ -296,6 +296,7 @@ def test_a_change_is_refused_by_another_base(llama: EditableModel, train: Train)
     assert state_of(other) == before
 
 
+@pytest.mark.slow
 def test_preservation_keeps_what_plain_training_loses(llama: EditableModel, train: Train) -> None:
     plain = DescentSettings(steps=40, learning_rate=0.01, stop_loss=0.0)
     kept = requests(llama)[0].preserve[0]

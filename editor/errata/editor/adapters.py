@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
-from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -75,6 +74,8 @@ class _Scaling:
 
     def of(self, module: str, rank: int) -> float:
         """Raises CorruptDeltaError where the tensors have another rank than the settings say."""
+        from peft.utils.other import get_pattern_key  # seconds to import
+
         said = self.rank_pattern.get(get_pattern_key(list(self.rank_pattern), module), self.rank)
         if said != rank:
             raise CorruptDeltaError(f"{module} has rank {rank}, and {CONFIG} says {said}; fetch the adapter again")

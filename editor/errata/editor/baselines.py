@@ -19,11 +19,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
-from peft import LoraConfig, LoraModel
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -33,6 +32,9 @@ from errata.editor.model import EditableModel, Encoded, by_length
 from errata.editor.quantization import check_writable
 from errata.editor.requests import Context, EditRequest, check_batch
 from errata.editor.trace import Progress
+
+if TYPE_CHECKING:  # PEFT takes seconds to import, and only LoRA needs it
+    from peft.tuners.lora import LoraLayer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -273,8 +275,10 @@ def _hook(change: Float[Tensor, "d m"]) -> Callable[[nn.Module, tuple[Tensor, ..
 
 
 @contextmanager
-def _wrapped(model: EditableModel, paths: Sequence[str], settings: LoraSettings) -> Iterator[dict[str, LoraLayer]]:
+def _wrapped(model: EditableModel, paths: Sequence[str], settings: LoraSettings) -> Iterator[dict[str, "LoraLayer"]]:
     """While open, PEFT's LoRA layers stand where the modules were, by path, their factors in float32."""
+    from peft import LoraConfig, LoraModel
+
     base = model.model
     originals = {path: base.get_submodule(path) for path in paths}
     config = LoraConfig(
@@ -295,7 +299,9 @@ def _wrapped(model: EditableModel, paths: Sequence[str], settings: LoraSettings)
         vars(base).pop("peft_config", None)
 
 
-def _lora_layer(base: nn.Module, path: str) -> LoraLayer:
+def _lora_layer(base: nn.Module, path: str) -> "LoraLayer":
+    from peft.tuners.lora import LoraLayer
+
     layer = base.get_submodule(path)
     assert isinstance(layer, LoraLayer)
     layer.lora_A.float()
@@ -303,11 +309,11 @@ def _lora_layer(base: nn.Module, path: str) -> LoraLayer:
     return layer
 
 
-def _factors(layer: LoraLayer) -> tuple[nn.Parameter, nn.Parameter]:
+def _factors(layer: "LoraLayer") -> tuple[nn.Parameter, nn.Parameter]:
     return layer.lora_A.get_parameter("default.weight"), layer.lora_B.get_parameter("default.weight")
 
 
-def _low_rank(layer: LoraLayer) -> LowRank:
+def _low_rank(layer: "LoraLayer") -> LowRank:
     a, b = (factor.detach().cpu() for factor in _factors(layer))
     return LowRank(a=a.clone(), b=b * layer.scaling["default"])
 

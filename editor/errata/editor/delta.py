@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
-from peft import LoraConfig
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from errata.editor.checkpoints import hash_tensors
 from errata.editor.errors import CorruptDeltaError, DeltaError, WrongBaseError
 from errata.editor.model import EditableModel
 from errata.editor.quantization import Quantization, check_writable, map_shape, quantization_of, quantized_base
+
+if TYPE_CHECKING:  # PEFT takes seconds to import, and only what stores or reads a delta needs it
+    from peft import LoraConfig
 
 MANIFEST, CONFIG, WEIGHTS = "errata.json", "adapter_config.json", "adapter_model.safetensors"
 """The files of an adapter's folder: Errata's own, and the two that PEFT reads."""
@@ -161,7 +164,9 @@ class Delta:
         }
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
-    def _config(self) -> LoraConfig:
+    def _config(self) -> "LoraConfig":
+        from peft import LoraConfig
+
         top = max(self.ranks.values())
         by_module = {self.modules[i]: r for i, r in self.ranks.items() if r != top}
         return LoraConfig(

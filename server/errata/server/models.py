@@ -272,6 +272,8 @@ class Models:
         except InvalidInputError as error:
             # Whoever asks for the model did not give what is at fault.
             raise ModelError(f"models.{name}.{error}") from error
+        import peft  # noqa: F401  (takes seconds, for which the first delta that is stored or read does not wait)
+
         folder = self._data_dir / "statistics" / name
         loaded = LoadedModel(name, settings, base, self._ledger, self._store, folder, self._observer(name))
         self._ledger.ensure_model(name)

@@ -19,6 +19,7 @@ from errata.server.settings import ModelSettings, Settings
 ROOT = Path(__file__).parents[3]
 PATHS = os.pathsep.join(str(ROOT / portion) for portion in ("editor", "proto", "server", "client"))
 ERRATA = (sys.executable, "-m", "errata.client")
+NO_SERVER = ("--server", "localhost:1")
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -109,7 +110,13 @@ def test_a_reader_that_goes_away_ends_a_command_quietly(address: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--help",), ("check", "--schema"), ("show", "", "--json"), ("models", "--server", "localhost:1")]
+    "arguments",
+    [
+        ("--help",),
+        ("check", "--schema"),
+        ("show", "", "--json", *NO_SERVER, "--timeout", "0.2"),
+        ("models", *NO_SERVER, "--timeout", "0.2"),
+    ],
 )
 def test_a_pipe_that_nobody_reads_is_no_error_to_tell_of(arguments: tuple[str, ...]) -> None:
     read, write = os.pipe()
@@ -124,7 +131,7 @@ def test_a_pipe_that_nobody_reads_is_no_error_to_tell_of(arguments: tuple[str, .
 def test_a_full_disk_is_one_line_and_exit_code_2() -> None:
     with Path("/dev/full").open("w") as full:
         ran = subprocess.run(
-            [*ERRATA, "show", "", "--json"],
+            [*ERRATA, "show", "", "--json", *NO_SERVER, "--timeout", "0.2"],
             env=environment(),
             stdout=full,
             stderr=subprocess.PIPE,
@@ -166,8 +173,9 @@ def test_a_question_answered_with_no_ends_with_1_and_deletes_nothing(address: st
     assert run("--server", address, "show", version).code == 0
 
 
+@pytest.mark.slow
 def test_a_server_that_is_not_there_is_one_line_and_exit_code_2() -> None:
-    ran = piped("--server", "localhost:1", "--timeout", "20", "models", "--json")
+    ran = piped(*NO_SERVER, "--timeout", "20", "models", "--json")
     assert ran.returncode == 2
     remedy = "check --server, or start one with `errata up`"
     assert ran.stderr == f"errata: localhost:1 does not answer; {remedy}\n"

@@ -1,7 +1,8 @@
 """The shipped Atlas: what it knows, where, and that edits of it hold. Figures by generation, unseen renderings."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 
 import pytest
 import torch
@@ -41,14 +42,25 @@ def atlas() -> EditableModel:
     return load_model(ATLAS)
 
 
+@pytest.fixture(scope="module")
+def traced(atlas: EditableModel) -> Callable[[bool], AveragedTrace]:
+    """The average of twelve traces, by another image or by a substituted constraint; made once each."""
+
+    @cache
+    def averaged(substitute: bool) -> AveragedTrace:
+        return average([trace(atlas, r) for r in trace_requests(12, substitute=substitute)])
+
+    return averaged
+
+
 @pytest.fixture(scope="module", params=[False, True], ids=["other image", "substituted constraint"])
-def averaged(atlas: EditableModel, request: pytest.FixtureRequest) -> AveragedTrace:
-    return average([trace(atlas, r) for r in trace_requests(12, substitute=request.param)])
+def averaged(traced: Callable[[bool], AveragedTrace], request: pytest.FixtureRequest) -> AveragedTrace:
+    return traced(request.param)
 
 
 @pytest.fixture(scope="module")
-def layers(atlas: EditableModel) -> tuple[int, ...]:
-    return choose_layers(average([trace(atlas, r) for r in trace_requests(12)])).layers
+def layers(traced: Callable[[bool], AveragedTrace]) -> tuple[int, ...]:
+    return choose_layers(traced(False)).layers
 
 
 @pytest.fixture(scope="module")

@@ -60,6 +60,7 @@ def edited(house: House) -> JobRow:
         return succeeded(worker.run(message))
 
 
+@pytest.mark.slow
 def test_auto_edits_the_layer_where_atlas_looks_its_facts_up(edited: JobRow) -> None:
     assert LAYER in _outcome(edited).layers
 
@@ -167,6 +168,7 @@ def test_a_request_may_bring_its_own_references(house: House, worker: Worker) ->
     succeeded(worker.run(message, model="bare"))
 
 
+@pytest.mark.slow
 def test_layers_can_come_from_a_trace(house: House, worker: Worker) -> None:
     traced = succeeded(worker.run(trace_message(1)))
     message = edit_message(small_edit(contexts=2))

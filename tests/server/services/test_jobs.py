@@ -199,6 +199,7 @@ def test_a_watcher_who_leaves_is_forgotten(hosted: Hosted) -> None:
     list(hosted.call.traces.WatchTrace(trace_pb2.WatchTraceRequest(name=made.name), timeout=SECONDS))
 
 
+@pytest.mark.slow
 def test_an_edit_takes_the_layers_that_a_trace_found(hosted: Hosted) -> None:
     trace = hosted.call.traces.CreateTrace(trace_message("Estonia", "Kenya")).trace
     request = edit_message("Estonia", layers=None)

@@ -3,6 +3,7 @@
 import json
 
 import grpc
+import pytest
 from hosting import BASE, Hosted, edit_message, refused
 
 from errata.v1 import evaluation_pb2, model_pb2
@@ -21,6 +22,7 @@ def test_a_model_says_what_it_is_and_what_it_takes(hosted: Hosted) -> None:
     assert [m.name for m in hosted.call.models.ListModels(model_pb2.ListModelsRequest()).models] == [ATLAS]
 
 
+@pytest.mark.slow
 def test_versions_are_listed_page_by_page_the_newest_first(hosted: Hosted) -> None:
     made = [hosted.version("Estonia"), hosted.version("Latvia")]
     names, token = [], ""

@@ -232,6 +232,7 @@ def test_a_model_that_cannot_be_loaded_says_so_and_stops_no_other(
         assert health(hosted) == SERVING
 
 
+@pytest.mark.slow
 def test_a_drained_server_queues_its_jobs_again_and_the_next_one_ends_them(tmp_path: Path) -> None:
     with hosting(small(tmp_path, drain_seconds=0)) as first:
         first.loaded()

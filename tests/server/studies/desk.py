@@ -9,10 +9,12 @@ import yaml
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # MLflow warns of its own code when it is imported
-    from errata.server.studies.whole import Report, planned, run_study
+    from errata.server.studies.whole import Report, run_study
 
 from mlflow import MlflowClient  # isort: skip
 from mlflow.entities import Run
+
+from errata.server.studies.plan import planned
 
 ENTRY = {
     "study": "tiny",

@@ -10,13 +10,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from desk import ENTRY, FLOWS, LENS, Desk, planned
+from desk import ENTRY, FLOWS, LENS, Desk
 from typer.testing import CliRunner
 
 from errata.client.cli import main
 from errata.client.cli.local import _study_status
 from errata.server.studies.command import studies
-from errata.server.studies.plan import UnreadableError
+from errata.server.studies.plan import UnreadableError, planned
 
 _SECONDS = 120
 
@@ -66,10 +66,9 @@ def test_a_study_that_is_killed_or_interrupted_goes_on_where_it_was(desk: Desk) 
     assert "the same command goes on" in said
     interrupted = desk.finished()
     assert sum(killed.values()) < sum(interrupted.values())
-    last = command(desk, "run")
-    told, _ = last.communicate(timeout=2 * _SECONDS)
-    report = json.loads(told)
-    assert (last.returncode, report["failed"]) == (0, {})
+    last = CliRunner().invoke(studies, ["run", str(desk.file), "--out", str(desk.out)])
+    report = json.loads(last.stdout)
+    assert (last.exit_code, report["failed"]) == (0, {})
     assert report["earlier"] == sum(interrupted.values())
     assert report["earlier"] + report["measured"] == 8
     assert len(desk.runs()) == 9

@@ -122,6 +122,7 @@ def test_a_second_run_measures_what_changed_and_doubles_nothing(desk: Desk) -> N
     assert said == [(LENS, "false"), (LENS, "true"), ("tiny", None)]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_off_in_mlflow_is_written_again(desk: Desk) -> None:
     desk.write(ENTRY, measurements={"lens": {"kind": "lens"}})
     desk.run()
@@ -151,6 +152,7 @@ def test_what_fails_or_is_left_out_is_told_and_the_others_go_on(desk: Desk) -> N
     assert next(run for run in desk.runs() if run.info.run_id == report.run_id).info.status == "FAILED"
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_what_is_finished_and_the_next_run_goes_on(desk: Desk) -> None:
     def interrupt(line: str) -> None:
         if line.startswith(LENS):

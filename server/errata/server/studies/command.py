@@ -96,7 +96,7 @@ def _on_cluster(address: str, jobs: int, gpus: float) -> "Measure":
 def plan(file: StudyFile, out: Out, as_json: AsJson = False) -> None:
     """Checks a study and lists its cells, and which of them are finished."""
     with _explained(as_json=as_json):
-        from errata.server.studies.whole import planned
+        from errata.server.studies.plan import planned
 
         cells = planned(file, out)
     if as_json:

@@ -17,7 +17,16 @@ from errata.editor.datasets.lines import read_lines
 from errata.editor.datasets.records import Record
 from errata.editor.datasets.vqa_constraints import VqaConstraints, read_vqa_constraints
 from errata.editor.errors import ErrataError
-from errata.server.studies.format import DataEntry, MeasurementEntry, ModelEntry, Study, seeded, settings_of
+from errata.server.studies.format import (
+    DataEntry,
+    MeasurementEntry,
+    ModelEntry,
+    Study,
+    read_study,
+    seeded,
+    settings_of,
+)
+from errata.server.studies.results import Place
 
 T = TypeVar("T")
 
@@ -78,6 +87,12 @@ def plan(study: Study, folder: Path) -> tuple[Cell, ...]:
     if wrong := [f"models.{told}" for told in no_models] + [f"data.{told}" for told in no_data]:
         raise UnreadableError("\n".join(wrong))
     return tuple(cell for model, known in models.items() for cell in _of_model(study, folder, model, known, sets))
+
+
+def planned(file: Path, out: Path) -> list[tuple[Cell, bool]]:
+    """A study's cells, and whether each is finished. Raises StudyError, and ErrataError for what cannot be read."""
+    place = Place(out=out)
+    return [(cell, place.has(cell.id)) for cell in plan(read_study(file), file.parent.absolute())]
 
 
 def _each(names: Iterable[str], known: Callable[[str], T]) -> tuple[dict[str, T], list[str]]:

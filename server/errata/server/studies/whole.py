@@ -46,12 +46,6 @@ class Report:
         return json.dumps({**said, **counts}, ensure_ascii=False)
 
 
-def planned(file: Path, out: Path) -> list[tuple[Cell, bool]]:
-    """A study's cells, and whether each is finished. Raises StudyError, and ErrataError for what cannot be read."""
-    place = Place(out=out)
-    return [(cell, place.has(cell.id)) for cell in plan(read_study(file), file.parent.absolute())]
-
-
 def run_study(
     file: Path,
     out: Path,
