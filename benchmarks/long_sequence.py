@@ -145,7 +145,7 @@ def _measured(bench: Bench, cell: Cell, console: Console, path: Path, facts: Seq
 
 
 def _compressed(bench: Bench, cell: Cell, facts: Sequence[Change], path: Path) -> None:
-    """Writes what the sequence's last delta says at lower ranks."""
+    """Writes what the cell's last delta says at lower ranks."""
     if not path.exists():
         _write(path, {**asdict(cell), "by tolerance": list(compressions(bench, cell, facts))})
 
@@ -191,8 +191,8 @@ def main(
         chosen = changes(bench.world.edited, cell.seed)[: 3 if quick else CHECKPOINTS[-1]]
         facts = prepared(bench, chosen, VALUES, f"values-seed-{cell.seed}")
         _measured(bench, cell, console, path, facts)
-        if not (cell.batch or cell.anew):
-            _compressed(bench, cell, chosen, folder / "compressed" / f"{cell.name}.json")
+        if not cell.anew:
+            _compressed(bench, cell, chosen[: cell.batch or None], folder / "compressed" / f"{cell.name}.json")
     found, less = _kept(folder / "cells"), _kept(folder / "compressed")
     print(*markdown(found), sep="\n")
     stem = "sequence-quick" if quick else "sequence"

@@ -71,7 +71,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bench:
-    """What all cells share. `made` is where values and the deltas of sequences are kept."""
+    """What all cells share. `made` is where values and deltas are kept."""
 
     model: EditableModel
     statistics: KeyStatistics
@@ -160,6 +160,7 @@ def batch(bench: Bench, cell: Cell, facts: Sequence[Prepared], settings: EditSet
     began = time.process_time()
     solve_next(bench, made, facts[: cell.batch], settings, [])
     made.seconds.append((time.process_time() - began) / cell.batch)
+    made.delta.save(bench.made / cell.name)
     yield judged(bench, made)
 
 
@@ -240,7 +241,7 @@ def _share(found: Evaluation, metric: Metric, requests: set[str] | None = None) 
 
 
 def compressions(bench: Bench, cell: Cell, facts: Sequence[Change]) -> Iterator[dict[str, Any]]:
-    """What a sequence's delta says at a lower rank."""
+    """What a cell's last delta says at a lower rank."""
     whole = load_delta(bench.made / cell.name, bench.model)
     for tolerance in TOLERANCES:
         began = time.process_time()
