@@ -34,7 +34,7 @@ from errata.editor.prefixed import (
     shares_prefix,
 )
 from errata.editor.recording import POSITIONAL, Recording
-from errata.editor.states import Component, by_row, changed_output, component_module, first_of, logits_of
+from errata.editor.states import Component, by_row, changed_output, component_module, first_of
 
 
 class Suffix:
@@ -113,9 +113,9 @@ class Suffix:
     ) -> Float[Tensor, "rows suffix d"]:
         """One layer's output. `hooks` change the output of its MLP, attention block or whole.
 
-        `blocked[r, i, j]` forbids the i-th token of row r's suffix to attend to token j; the last axis runs over the
-        longest prefix and then over the suffix. What comes after a token is forbidden anyway. Raises
-        InvalidInputError where a token would have nothing left to attend to, itself included: its state would be NaN.
+        `blocked[r, i, j]` forbids the i-th token of row r's suffix to attend to column j, of the longest prefix and then
+        of the suffix (`Packing`). What comes after a token is forbidden anyway. Raises InvalidInputError where a token
+        would have nothing left to attend to, itself included: its state would be NaN.
         """
         module = self._model.layers[layer]
         hooks = hooks or {}
@@ -145,10 +145,6 @@ class Suffix:
             return nothing if injected is None else injected[run.begin - run.recording.begin :]
 
         return out + of_rows(self._packing.padded(added), len(out))
-
-    def logits(self, hidden: Float[Tensor, "... d"]) -> Float[Tensor, "... vocabulary"]:
-        """The head's logits, in float32, from outputs of the last layer."""
-        return logits_of(self._model, hidden)
 
     def _checked(
         self, blocked: Bool[Tensor, "rows suffix tokens"], prefix: Prefix
