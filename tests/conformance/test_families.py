@@ -142,7 +142,7 @@ def climbed(
     with suffix, torch.no_grad():
         for index in range(layer, len(model.layers)):
             hidden = suffix.run(index, hidden)
-        logits = suffix.logits(hidden)
+        logits = logits_of(model, hidden)
     return [logits[row, span] for row, span in suffix.spans]
 
 

@@ -17,7 +17,7 @@ from errata.editor.memory import Memory
 from errata.editor.model import EditableModel, Encoded
 from errata.editor.prompts import Prompt
 from errata.editor.recording import Recording, record
-from errata.editor.states import Component
+from errata.editor.states import Component, logits_of
 from errata.editor.suffix import Suffix
 
 LONG = "What is the capital of this country? " * 8
@@ -56,7 +56,7 @@ def climbed(
         hidden = suffix.outputs(layer - 1)
         for index in range(layer, len(model.layers)):
             hidden = suffix.run(index, hidden)
-        logits = suffix.logits(hidden)
+        logits = logits_of(model, hidden)
     return [logits[row, span] for row, span in suffix.spans]
 
 

@@ -9,7 +9,7 @@ from errata.editor.delta import applied
 from errata.editor.model import EditableModel, Encoded
 from errata.editor.prompts import Prompt
 from errata.editor.recording import Recording, record
-from errata.editor.states import Component, changed_output
+from errata.editor.states import Component, changed_output, logits_of
 from errata.editor.suffix import Suffix
 
 TEXTS = ("What is the capital of this country?", "Where are we?", "What is this country?", "Where is that capital?")
@@ -39,7 +39,7 @@ def climbed(
     with suffix, torch.no_grad():
         for index in range(layer, len(model.layers)):
             hidden = suffix.run(index, hidden)
-        logits = suffix.logits(hidden)
+        logits = logits_of(model, hidden)
     return [logits[row, span] for row, span in suffix.spans]
 
 
@@ -159,7 +159,7 @@ def test_a_value_added_to_a_rows_first_token_equals_a_hook_on_the_full_model(
     with suffix, torch.no_grad():
         for index in range(layer, len(model.layers)):
             hidden = suffix.run(index, hidden, {component: add} if index == layer else None)
-        logits = suffix.logits(hidden)
+        logits = logits_of(model, hidden)
     for r, (row, start) in enumerate(zip(rows, starts, strict=True)):
         change = oracle.block(model, component.value, layer), oracle.add(start, values[r])
         expected = oracle.logits(model, row, [change])[start:]
@@ -177,7 +177,7 @@ def test_gradients_through_a_suffix_equal_gradients_through_the_full_model(model
         for index in range(1, len(model.layers)):
             put = {Component.MLP: oracle.add(0, delta)} if index == 1 else None
             hidden = suffix.run(index, hidden, put)
-        suffix.logits(hidden)[0, -1].log_softmax(-1)[7].backward()
+        logits_of(model, hidden)[0, -1].log_softmax(-1)[7].backward()
     other = torch.zeros(32, requires_grad=True)
     with changed_output(oracle.block(model, "mlp", 1), oracle.add(start, other)):
         model.model(**model.inputs([row]), use_cache=False).logits[0, -1].log_softmax(-1)[7].backward()

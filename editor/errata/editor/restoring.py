@@ -16,7 +16,7 @@ from errata.editor.errors import CancelledError
 from errata.editor.memory import Memory
 from errata.editor.model import EditableModel, Encoded
 from errata.editor.recording import Recording
-from errata.editor.states import Component
+from errata.editor.states import Component, logits_of
 from errata.editor.suffix import Suffix
 
 
@@ -64,7 +64,7 @@ class AnswerReader:
     def of(self, suffix: Suffix, hidden: Float[Tensor, "rows suffix d"], start: int) -> list[Probabilities]:
         """Of each row, which starts at `start`."""
         at = self._first - start + suffix.spans[0][1].start
-        logits = suffix.logits(hidden[:, at : at + len(self._answer)])
+        logits = logits_of(self._model, hidden[:, at : at + len(self._answer)])
         chosen = logits.log_softmax(-1).gather(-1, self._answer.expand(len(hidden), -1).unsqueeze(-1)).squeeze(-1)
         whole, first = chosen.double().sum(-1).exp(), chosen[:, 0].double().exp()
         return [Probabilities(first=f, whole=w) for f, w in zip(first.tolist(), whole.tolist(), strict=True)]

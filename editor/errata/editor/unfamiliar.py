@@ -53,7 +53,7 @@ def _pairs(model: EditableModel, run: Recording) -> Iterator[tuple[str, Tensor, 
         hidden = suffix.inputs(0)
         for index in range(len(model.layers)):
             hidden = suffix.run(index, hidden)
-        yield "a run started in the middle gives other logits", suffix.logits(hidden)[0], logits[start:]
+        yield "a run started in the middle gives other logits", logits_of(model, hidden)[0], logits[start:]
 
 
 def _mapped(model: EditableModel, layer: int, keys: Tensor) -> Tensor:

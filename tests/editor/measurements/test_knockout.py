@@ -22,6 +22,7 @@ from errata.editor.measurements.questions import Box, Question
 from errata.editor.model import EditableModel, Encoded
 from errata.editor.prompts import Constraint
 from errata.editor.recording import record
+from errata.editor.states import logits_of
 from errata.editor.suffix import Suffix
 
 TEXTS = ("What is this country's capital called?", "Where is this country, and which is its capital?")
@@ -161,7 +162,7 @@ def test_blocked_rows_of_mixed_lengths_equal_the_full_model(model: EditableModel
     with suffix, torch.no_grad():
         for index in range(layers):
             hidden = suffix.run(index, hidden, blocked=blocked)
-        logits = suffix.logits(hidden)
+        logits = logits_of(model, hidden)
     for r, (row, last, start) in enumerate(zip(rows, lasts, starts, strict=True)):
         p = logits[r, last - start].softmax(-1)[row.answer[0]]
         assert float(p) == pytest.approx(
