@@ -90,7 +90,7 @@ def record(
 
     def run(indices: Sequence[int]) -> None:
         batch, own = [rows[i] for i in indices], [behind[i] for i in indices]
-        recorded = _record(model, batch, own, [starts[i] for i in indices], components, key_layers, kept)
+        recorded = _Recorder(model, batch, own, [starts[i] for i in indices]).run(components, key_layers, kept)
         for i, recording in zip(indices, recorded, strict=True):
             found[i] = recording
 
@@ -115,84 +115,94 @@ def _batches(rows: Sequence[Encoded], trunks: Sequence[Trunk | None], limit: int
     return batches
 
 
-def _record(
-    model: EditableModel,
-    batch: Sequence[Encoded],
-    trunks: Sequence[Trunk | None],
-    starts: Sequence[int],
-    components: Sequence[Component],
-    key_layers: Sequence[int],
-    kept: range,
-) -> list[Recording]:
-    rows, low = len(batch), 0
-    behind = [t for t in trunks if t is not None]
-    offset = behind[0].tokens if behind else 0
-    begins: list[int] = list(starts) if behind else []
-    inputs: list[Tensor] = []
-    injected: dict[int, Tensor] = {}
-    calls: list[Mapping[str, Any]] = []
-    outputs: dict[Component, list[Tensor]] = {c: [] for c in components}
-    keys: dict[int, Tensor] = {}
-    left: list[Tensor] = []
+class _Recorder:
+    """Hears one pass over a batch of rows of one shape, or of branches behind trunks of as many tokens."""
 
-    def on_layer(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        nonlocal low
+    def __init__(
+        self, model: EditableModel, batch: Sequence[Encoded], trunks: Sequence[Trunk | None], starts: Sequence[int]
+    ) -> None:
+        self._model, self._batch, self._trunks, self._starts = model, batch, trunks, starts
+        self._behind = [t for t in trunks if t is not None]
+        self._offset = self._behind[0].tokens if self._behind else 0
+        self._begins: list[int] = list(starts) if self._behind else []
+        self._low = 0
+        self._inputs: list[Tensor] = []
+        self._injected: dict[int, Tensor] = {}
+        self._calls: list[Mapping[str, Any]] = []
+        self._outputs: dict[Component, list[Tensor]] = {}
+        self._keys: dict[int, Tensor] = {}
+        self._left = torch.empty(0)
+
+    def run(self, components: Sequence[Component], key_layers: Sequence[int], kept: range) -> list[Recording]:
+        """What the pass leaves of each row, with keys and values of the layers that are `kept`."""
+        model = self._model
+        # Not made from the config: a sliding cache forgets what a run started in the middle needs.
+        cached = {"past_key_values": DynamicCache() if kept else None, "use_cache": bool(kept)}
+        given: dict[str, Any] = (
+            branch_inputs(model, self._batch, self._behind) if self._behind else {**model.inputs(self._batch), **cached}
+        )
+        self._outputs = {c: [] for c in components}
+        with ExitStack() as hooks, torch.no_grad():
+            for index, layer in enumerate(model.layers):
+                hooks.enter_context(removing(layer.register_forward_pre_hook(self._on_layer, with_kwargs=True)))
+                hooks.enter_context(removing(layer.register_forward_hook(self._on_layer_output)))
+                for component in components:
+                    module = component_module(model, layer, component)
+                    hooks.enter_context(removing(module.register_forward_hook(self._on_output(component))))
+                if index in key_layers:
+                    down = layer.get_submodule(model.family.down_projection)
+                    hooks.enter_context(removing(down.register_forward_pre_hook(self._on_key(index))))
+            model.model(**given, logits_to_keep=1)
+        layers: Any = given["past_key_values"].layers if kept else ()
+        return self._recordings({i: (layers[i].keys, layers[i].values) for i in kept})
+
+    def _on_layer(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         bound = inspect.signature(layer.forward).bind(*args, **kwargs)
         call = {**{k: v for k, v in bound.arguments.items() if k != "kwargs"}, **bound.arguments.get("kwargs", {})}
         hidden = call.pop("hidden_states")
-        if not calls:
-            if not begins:
+        if not self._calls:
+            if not self._begins:
                 mask = call.get("attention_mask")
-                begins.extend(_begin(_row_of("attention_mask", mask, b), s) for b, s in enumerate(starts))
-            low = min(begins) - offset
-        elif hidden is not left[0] and not torch.equal(hidden, left[0]):
-            injected[len(calls) - 1] = (hidden - left[0])[:, low:]
-        inputs.append(hidden[:, low:].clone())
-        calls.append(call)
+                of_rows = (_row_of("attention_mask", mask, b) for b in range(len(self._batch)))
+                self._begins = [_begin(m, s) for m, s in zip(of_rows, self._starts, strict=True)]
+            self._low = min(self._begins) - self._offset
+        elif hidden is not self._left and not torch.equal(hidden, self._left):
+            self._injected[len(self._calls) - 1] = (hidden - self._left)[:, self._low :]
+        self._inputs.append(hidden[:, self._low :].clone())
+        self._calls.append(call)
 
-    def on_layer_output(_layer: nn.Module, _args: Any, output: Any) -> None:
-        left[:] = [first_of(output)]
+    def _on_layer_output(self, _layer: nn.Module, _args: Any, output: Any) -> None:
+        self._left = first_of(output)
 
-    def on_output(component: Component) -> Callable[[nn.Module, Any, Any], None]:
-        return lambda _module, _args, output: outputs[component].append(by_row(first_of(output), rows)[:, low:].clone())
+    def _on_output(self, component: Component) -> Callable[[nn.Module, Any, Any], None]:
+        return lambda _module, _args, output: self._outputs[component].append(self._kept(first_of(output)))
 
-    def on_key(index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        return lambda _module, args: keys.__setitem__(index, by_row(args[0], rows)[:, low:].clone())
+    def _on_key(self, index: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _module, args: self._keys.__setitem__(index, self._kept(args[0]))
 
-    # Not made from the config: a sliding cache forgets what a run started in the middle needs.
-    cached = {"past_key_values": DynamicCache() if kept else None, "use_cache": bool(kept)}
-    given: dict[str, Any] = branch_inputs(model, batch, behind) if behind else {**model.inputs(batch), **cached}
-    with ExitStack() as hooks, torch.no_grad():
-        for index, layer in enumerate(model.layers):
-            hooks.enter_context(removing(layer.register_forward_pre_hook(on_layer, with_kwargs=True)))
-            hooks.enter_context(removing(layer.register_forward_hook(on_layer_output)))
-            for component in components:
-                module = component_module(model, layer, component)
-                hooks.enter_context(removing(module.register_forward_hook(on_output(component))))
-            if index in key_layers:
-                down = layer.get_submodule(model.family.down_projection)
-                hooks.enter_context(removing(down.register_forward_pre_hook(on_key(index))))
-        model.model(**given, logits_to_keep=1)
-    layers: Any = given["past_key_values"].layers if kept else ()
-    states: dict[int, tuple[Tensor, Tensor]] = {i: (layers[i].keys, layers[i].values) for i in kept}
-    stacks = torch.stack(inputs), {c: torch.stack(o) for c, o in outputs.items()}
+    def _kept(self, state: Tensor) -> Float[Tensor, "rows tokens d"]:
+        return by_row(state, len(self._batch))[:, self._low :].clone()
 
-    def recording(b: int, row: Encoded, start: int, begin: int) -> Recording:
-        own, since, until = start - offset - low, begin - offset - low, len(row.ids) - offset - low
-        return Recording(
-            row=row,
-            start=start,
-            begin=begin,
-            trunk=trunks[b],
-            inputs=stacks[0][:, b, since:until],
-            injected={i: x[b, since:until] for i, x in injected.items()},
-            outputs={c: o[:, b, own:until] for c, o in stacks[1].items()},
-            keys={i: k[b, own:until] for i, k in keys.items()},
-            kv={i: (k[b, :, : until + low], v[b, :, : until + low]) for i, (k, v) in states.items()},
-            calls=[_call_of(call, b, offset, len(row.ids)) for call in calls],
-        )
-
-    return [recording(b, row, s, begin) for b, (row, s, begin) in enumerate(zip(batch, starts, begins, strict=True))]
+    def _recordings(self, states: Mapping[int, tuple[Tensor, Tensor]]) -> list[Recording]:
+        inputs, outputs = torch.stack(self._inputs), {c: torch.stack(o) for c, o in self._outputs.items()}
+        found: list[Recording] = []
+        rows = zip(self._batch, self._trunks, self._starts, self._begins, strict=True)
+        for b, (row, trunk, start, begin) in enumerate(rows):
+            own, since, until = (n - self._offset - self._low for n in (start, begin, len(row.ids)))
+            recording = Recording(
+                row=row,
+                start=start,
+                begin=begin,
+                trunk=trunk,
+                inputs=inputs[:, b, since:until],
+                injected={i: x[b, since:until] for i, x in self._injected.items()},
+                outputs={c: o[:, b, own:until] for c, o in outputs.items()},
+                keys={i: k[b, own:until] for i, k in self._keys.items()},
+                kv={i: (k[b, :, : until + self._low], v[b, :, : until + self._low]) for i, (k, v) in states.items()},
+                calls=[_call_of(call, b, self._offset, len(row.ids)) for call in self._calls],
+            )
+            found.append(recording)
+        return found
 
 
 def _cut(value: Any, tokens: int) -> Any:

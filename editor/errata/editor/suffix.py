@@ -113,9 +113,9 @@ class Suffix:
     ) -> Float[Tensor, "rows suffix d"]:
         """One layer's output. `hooks` change the output of its MLP, attention block or whole.
 
-        `blocked[r, i, j]` forbids the i-th token of row r's suffix to attend to column j, of the longest prefix and then
-        of the suffix (`Packing`). What comes after a token is forbidden anyway. Raises InvalidInputError where a token
-        would have nothing left to attend to, itself included: its state would be NaN.
+        `blocked[r, i, j]` forbids the i-th token of row r's suffix to attend to column j, of the longest prefix and
+        then of the suffix (`Packing`). What comes after a token is forbidden anyway. Raises InvalidInputError where a
+        token would have nothing left to attend to, itself included: its state would be NaN.
         """
         module = self._model.layers[layer]
         hooks = hooks or {}
