@@ -150,3 +150,12 @@ def test_the_lock_satisfies_every_requirement() -> None:
     pins = locked()
     unmet = [str(r) for r in requirements if not r.specifier.contains(pins.get(canonicalize_name(r.name), "0"))]
     assert unmet == []
+
+
+def test_what_is_rays_own_is_used_of_one_minor_release_alone() -> None:
+    sources = [path for portion in PORTIONS for path in (ROOT / portion).rglob("*.py")]
+    assert any("from ray._private" in path.read_text(encoding="utf-8") for path in sources)
+    extras = [Requirement(text) for group in PROJECT["optional-dependencies"].values() for text in group]
+    minor = int(locked()["ray"].split(".")[1])
+    taken = [r.specifier.contains(f"2.{minor + 1}.0") for r in extras if r.name == "ray"]
+    assert taken == [False, False]

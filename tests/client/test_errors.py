@@ -154,7 +154,11 @@ def test_details_without_a_reason_are_kept(client: Errata, fake: Fake) -> None:
     [
         (Code.UNAVAILABLE, UnavailableError, r"localhost:\d+ does not answer \(planned\); check the address"),
         (Code.DEADLINE_EXCEEDED, DeadlineExceededError, r"localhost:\d+ did not answer in time"),
-        (Code.UNIMPLEMENTED, UnsupportedError, "of another release or no Errata server"),
+        (
+            Code.UNIMPLEMENTED,
+            UnsupportedError,
+            "no Errata server, or replicas, which only answer",
+        ),
         (Code.UNKNOWN, InternalError, "planned"),
         (Code.UNAUTHENTICATED, UnauthenticatedError, "planned"),
         (Code.FAILED_PRECONDITION, PreconditionError, "planned"),

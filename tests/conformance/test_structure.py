@@ -25,6 +25,7 @@ from errata.editor.families.structure import family_by_structure
 from errata.editor.mixed import mixed
 from errata.editor.prompts import Prompt
 from errata.editor.trace import Substitution, TraceRequest, TraceSettings, trace
+from errata.editor.unfamiliar import check_unfamiliar
 
 # PaliGemma's processor makes arrays of tensors in a way that NumPy 2 asks it not to.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -110,6 +111,34 @@ def test_what_structure_or_a_run_contradicts_is_refused_with_what_was_found(
 ) -> None:
     with pytest.raises(UnknownFamilyError, match=f"{architecture}.*{reason}"):
         load_model(saved(tmp_path, architecture, config, **settings))
+
+
+def gpt_neo(folder: Path, window: int) -> Path:
+    """Every other layer has a window, in a mask of its own."""
+    named = {**sizes(), "num_layers": 4, "num_heads": 4, "attention_types": [[["global", "local"], 2]]}
+    for name in ("num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
+        del named[name]
+    torch.manual_seed(0)
+    transformers.GPTNeoForCausalLM(transformers.GPTNeoConfig(**named, window_size=window)).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("window", [5, 128])
+def test_layers_that_mask_by_a_window_of_their_own_are_refused(tmp_path: Path, window: int) -> None:
+    """Also where it is wider than any run that is tried."""
+    with pytest.raises(UnknownFamilyError, match=r"layer 1 of GPTNeo.*window of its own \(attn\.attention\.bias\)"):
+        load_model(gpt_neo(tmp_path, window))
+
+
+def test_runs_in_one_row_show_a_window_that_no_buffer_does(tmp_path: Path) -> None:
+    model = load_model(gpt_neo(tmp_path, 256))  # as long as its context: plain causal attention
+    for layer in (1, 3):
+        attention = model.layers[layer].get_submodule("attn.attention")
+        mask = attention.get_buffer("bias")
+        attention.register_buffer("bias", (mask ^ mask.tril(-5))[:, :, :-1])  # no square
+    with pytest.raises(UnknownFamilyError, match="runs that share a row give other logits"):
+        check_unfamiliar(model)
 
 
 @pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is installed")

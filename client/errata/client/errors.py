@@ -359,7 +359,7 @@ class DeadlineExceededError(ErrataError, TimeoutError):
 
 
 class UnsupportedError(ErrataError):
-    """The server knows no such call: it is of another release, or no Errata server."""
+    """The server knows no such call: of another release, no Errata server, or replicas, which only answer."""
 
     default_reason = "UNIMPLEMENTED"
 
@@ -488,7 +488,8 @@ def _unexplained(status: RpcStatus, server: str) -> ErrataError:
     elif status.code is _Code.DEADLINE_EXCEEDED:
         message = f"{server} did not answer in time ({message}); give a longer timeout"
     elif status.code is _Code.UNIMPLEMENTED:
-        message = f"{server} knows no such call ({message}); it is of another release or no Errata server"
+        whose = "it is of another release or no Errata server, or replicas, which only answer"
+        message = f"{server} knows no such call ({message}); {whose}"
     details = status.details
     return kind(
         message,

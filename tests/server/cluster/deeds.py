@@ -1,7 +1,9 @@
 """What the tests have workers do. Workers import it, so it is a module of its own, and a small one."""
 
 import os
+from contextlib import suppress
 from pathlib import Path
+from select import select
 
 from ray.exceptions import OutOfMemoryError
 
@@ -48,6 +50,17 @@ def opens_twice(marks: Path) -> None:
 
 def refuses() -> None:
     raise InvalidInputError("there is nothing here; look elsewhere", field="source")
+
+
+def refuses_before_another_opens(marks: Path) -> None:
+    """Refuses in the first worker; opens in the second, once the first is gone."""
+    try:
+        (marks / "first").symlink_to(str(os.getpid()))
+    except FileExistsError:
+        with suppress(ProcessLookupError):
+            select([os.pidfd_open(int(str((marks / "first").readlink())))], [], [], 60)
+    else:
+        refuses()
 
 
 def once_deadly(_held: str | None, marks: Path) -> int:

@@ -379,6 +379,19 @@ def test_workers_that_cannot_open_what_they_need_say_why_at_once(tmp_path: Path)
         on_cluster(ONE)([], Place(out=tmp_path / "gone"), lambda *_: None)
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
+def test_a_worker_that_refuses_first_does_not_end_the_run_of_one_that_still_opens(tmp_path: Path) -> None:
+    told: list[str] = []
+    opened = partial(deeds.refuses_before_another_opens, tmp_path)
+    with Workers(opened, TWO, told=told.append) as workers:
+        assert [each.outcome for each in workers.map(deeds.as_told, ["a"])] == ["a"]
+        assert len(workers) == 1
+    [line] = told
+    assert "there is nothing here" in line
+    assert "1 go on" in line
+
+
 STUDY = {
     "study": "on a cluster",
     "data": {"words": {"atlas": "textual", "n": 2}, "gone": {"path": "gone.json"}},

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -10,8 +11,10 @@ from typing import Any
 import numpy as np
 import pytest
 from desk import ENTRY, FLOWS, LENS, Desk, Report, threads
+from typer.testing import CliRunner
 
 from errata.editor.measurements.findings import Overlay
+from errata.server.studies.command import studies
 from errata.server.studies.format import read_study
 from errata.server.studies.measuring import Work, measure, open_model
 from errata.server.studies.plan import plan
@@ -207,3 +210,19 @@ def test_what_mlflow_does_not_take_is_kept_and_told(desk: Desk) -> None:
     with pytest.raises(PublishingError, match="run the study again"):
         run_study(desk.file, desk.out, mlflow=nowhere, pool=threads)
     assert (desk.finished(), (desk.out / "index.html").is_file()) == ({LENS: True}, True)
+
+
+def test_a_study_without_mlflow_has_its_page_and_no_experiment(again: Desk, tmp_path: Path) -> None:
+    """In the words of the server's `mlflow_uri`; nothing is measured."""
+    folder = tmp_path / "done"
+    shutil.copytree(again.out, folder, ignore=shutil.ignore_patterns("mlflow.sqlite", "mlruns", ".lock"))
+    asked = ["run", str(again.file), "--out", str(folder), "--mlflow", "none"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        ran = CliRunner().invoke(studies, asked)
+    report = json.loads(ran.stdout)
+    assert (ran.exit_code, report["mlflow"], report["experiment"], report["run_id"]) == (0, "none", "", "")
+    assert (report["measured"], report["earlier"]) == (0, 2)
+    assert (folder / "index.html").is_file()
+    assert not [path for path in tmp_path.rglob("*") if path.name in ("none", "mlruns")]
+    assert not (folder / "mlflow.sqlite").exists()

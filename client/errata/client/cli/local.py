@@ -78,7 +78,7 @@ def study(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The study; examples/studies/atlas.yaml is one.")],
     out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where results are kept; a rerun goes on there.")],
     jobs: Annotated[int, typer.Option(min=1, help="Processes that measure at once.")] = 1,
-    mlflow: Annotated[str | None, typer.Option(metavar="URI", help="By default a database in FOLDER.")] = None,
+    mlflow: Annotated[str | None, typer.Option(metavar="URI", help="By default a database in FOLDER; or none.")] = None,
     cluster: Annotated[str | None, typer.Option(metavar="ADDRESS", help="A Ray cluster to measure on.")] = None,
     gpus: Annotated[float, typer.Option(min=0, help="GPUs of each of its workers.")] = 0.0,
 ) -> None:
@@ -116,7 +116,7 @@ def _study(result: Mapping[str, Any]) -> Iterator[RenderableType]:
     if "page" in result:
         counts = f"{result['measured']} measured, {result['earlier']} finished before, {len(result['failed'])} failed"
         names = ("page", "experiment", "mlflow")
-        yield facts([("cells", counts), *((name, str(result[name])) for name in names)])
+        yield facts([("cells", counts), *((name, str(result[name])) for name in names if result[name])])
         yield from (line(f"failed: {cell}: {reason}", "red") for cell, reason in result["failed"].items())
 
 

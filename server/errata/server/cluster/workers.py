@@ -90,10 +90,10 @@ class Worker(Generic[M]):
 class Workers(Generic[M]):
     """So many workers, each with what `opened` gives; as a `with`, inside `connected`, for one thread.
 
-    Opens with the first of them; the others join as they have opened, so that of two runs that share a cluster neither
-    holds workers that wait for the other's. `opened` and tasks travel by cloudpickle. `told` is called with a line for
-    people where a worker died or could not be opened, and where the cluster has too little room. Raises the error that
-    `opened` raised in the first, WorkerLostError where that died of it.
+    Opens with the first of them that can work; the others join as they have opened, so that of two runs that share a
+    cluster neither holds workers that wait for the other's. `opened` and tasks travel by cloudpickle. `told` is called
+    with a line for people where a worker died or could not be opened, and where the cluster has too little room. Where
+    none can work it raises the error that `opened` raised in the last, WorkerLostError where that died of it.
 
     Shards are given out by `ray.wait`, not Ray's ActorPool: that knows a dead worker only by the id that its error
     carries, which most of LOST do not, and would give shards to a replacement before that has opened anything.
@@ -118,8 +118,8 @@ class Workers(Generic[M]):
         try:
             for _ in range(self._settings.workers):
                 self._start()
-            if error := self._has_opened(_first(self._opening)):
-                raise error
+            while not self._ready:
+                self._joined(_first(self._opening))
         except BaseException:
             self.__exit__()
             raise

@@ -43,7 +43,7 @@ def run(
     gpus: Annotated[float, typer.Option(min=0, help="GPUs of each of a cluster's processes; parts, too.")] = 0.0,
     mlflow: Annotated[
         str | None,
-        typer.Option(metavar="URI", help="MLflow's; MLFLOW_TRACKING_URI unless given, else a database in FOLDER."),
+        typer.Option(metavar="URI", help="MLflow's, or none; else MLFLOW_TRACKING_URI, else a database in FOLDER."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -21,6 +21,10 @@ from mlflow.exceptions import MlflowException  # isort: skip  # after the regist
 _log = logging.getLogger(__name__)
 
 
+NOWHERE = "none"
+"""In place of a tracking URI: nothing is published. The server's setting `mlflow_uri` says it so, too."""
+
+
 class PublishingError(ErrataError):
     """MLflow did not take what was measured; nothing of that is lost."""
 
@@ -29,7 +33,10 @@ class PublishingError(ErrataError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
-    """What a run of a study did. `failed` are reasons by the cells' labels; `earlier` cells were there already."""
+    """What a run of a study did. `failed` are reasons by the cells' labels; `earlier` cells were there already.
+
+    Where nothing is published `mlflow` is NOWHERE, and `experiment` and `run_id` are empty.
+    """
 
     page: Path
     experiment: str
@@ -58,8 +65,8 @@ def run_study(
 ) -> Report:
     """Runs what is missing of a study, writes its page and publishes it. One at a time in a folder.
 
-    `mlflow` is a tracking URI; None: a database in `out`. `told` is called with a line for people now and then.
-    `measured` is what measures the cells; None: `jobs` workers of `pool`.
+    `mlflow` is a tracking URI, or NOWHERE; None: a database in `out`. `told` is called with a line for people now and
+    then. `measured` is what measures the cells; None: `jobs` workers of `pool`.
     Raises StudyError for a file with faults, PublishingError, ErrataError for models or data that cannot be read, and
     KeyboardInterrupt: the page is written then, and nothing is published.
     """
@@ -87,9 +94,9 @@ def run_study(
         write_page(study, cells, failed, place)
     return Report(
         page=place.page,
-        experiment=experiment_name(study),
+        experiment="" if uri == NOWHERE else experiment_name(study),
         mlflow=uri,
-        run_id=_published(study, file, cells, place, uri),
+        run_id="" if uri == NOWHERE else _published(study, file, cells, place, uri),
         measured=len(missing) - len(failed),
         earlier=len(cells) - len(missing),
         failed={cell.label: failed[cell.id] for cell in cells if cell.id in failed},
