@@ -24,7 +24,7 @@ from errata.editor.states import Component, by_row, component_module, first_of, 
 POSITIONAL = ("position_embeddings", "position_ids", "cache_position")
 """Layer arguments with one entry a token, which a run started in the middle takes from there on."""
 
-KeysValues = tuple[Float[Tensor, "heads tokens h"], Float[Tensor, "heads tokens h"]]
+RowKeysValues = tuple[Float[Tensor, "heads tokens h"], Float[Tensor, "heads tokens h"]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +45,7 @@ class Recording:
     outputs: Mapping[Component, Float[Tensor, "layers suffix d"]]
     keys: Mapping[int, Float[Tensor, "suffix m"]]
     """Inputs of the down-projections of the layers asked for."""
-    kv: Mapping[int, KeysValues]
+    kv: Mapping[int, RowKeysValues]
     calls: Sequence[Mapping[str, Any]]
 
     @property
