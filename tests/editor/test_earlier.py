@@ -96,11 +96,14 @@ def test_a_damaged_file_is_computed_and_written_anew(
     assert equal(found(unopened(earlier), llama), first)
 
 
-def test_keys_are_kept_by_weights_dtype_layer_and_what_the_contexts_ask(llava: EditableModel, tmp_path: Path) -> None:
+def test_keys_are_kept_by_weights_dtype_template_layer_and_what_the_contexts_ask(
+    llava: EditableModel, tmp_path: Path
+) -> None:
     one = request(llava)
     first, *rest = one.contexts
-    narrow = tiny_model("llava")
+    narrow, worded = tiny_model("llava"), tiny_model("llava")
     narrow.model.to(torch.bfloat16)
+    worded.processor.chat_template = f"Asked: {worded.processor.chat_template}"
 
     def with_first(**own: object) -> EditRequest:
         return replace(one, contexts=(replace(first, **own), *rest))
@@ -109,6 +112,7 @@ def test_keys_are_kept_by_weights_dtype_layer_and_what_the_contexts_ask(llava: E
     others = [
         (tiny_model("llava", seed=1), one, 1),
         (narrow, one, 1),
+        (worded, one, 1),
         (llava, one, 0),
         (llava, with_first(prompt=replace(first.prompt, images=(picture(9),))), 1),
         (llava, with_first(prompt=replace(first.prompt, text="Who is this country?")), 1),

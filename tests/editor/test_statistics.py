@@ -117,14 +117,16 @@ def test_a_second_call_is_read_from_the_cache_without_running_the_model(model: E
 
 def test_the_cache_is_keyed_by_weights_prompts_images_template_layers_and_dtype(tmp_path: Path) -> None:
     model = tiny_model("llava")
-    narrow = tiny_model("llava")
+    narrow, worded = tiny_model("llava"), tiny_model("llava")
     narrow.model.to(torch.bfloat16)
+    worded.processor.chat_template = f"Asked: {worded.processor.chat_template}"
     text = "Where?"
     base = [question(model, text)]
     key_statistics(model, base, (1,), cache=tmp_path)
     others = [
         (tiny_model("llava", seed=1), base, (1,)),
         (narrow, base, (1,)),
+        (worded, base, (1,)),
         (model, [question(model, "Where!")], (1,)),
         (model, [question(model, text, seed=9)], (1,)),
         (model, [Prompt(text=text, images=(picture(),), chat=False)], (1,)),

@@ -84,7 +84,7 @@ class Earlier:
 
     def _path(self, model: EditableModel, request: EarlierRequest, layer: int) -> Path:
         assert self.folder is not None
-        name = digest_of((model.base_sha256, str(model.model.dtype), str(layer), request.name))
+        name = digest_of((model.base_sha256, model.reading_sha256, str(model.model.dtype), str(layer), request.name))
         return self.folder / f"{name}.safetensors"
 
 

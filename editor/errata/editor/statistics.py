@@ -84,8 +84,8 @@ def key_statistics(
     A reference that says where its constraint stands also counts by its key there: these keys make up `site_share` of
     C₀, however few they are among all tokens.
 
-    The cache is keyed by the base's weights, the references with their images, and the settings. A cached file that
-    cannot be read is computed anew.
+    The cache is keyed by the base's weights and how it reads prompts, the references with their images, and the
+    settings. A cached file that cannot be read is computed anew.
     """
     model.check_layers(layers)
     path = cache / f"{_fingerprint(model, references, layers, site_share)}.safetensors" if cache else None
@@ -167,7 +167,8 @@ def _fingerprint(
     model: EditableModel, references: Sequence[Prompt | Context], layers: Sequence[int], site_share: float
 ) -> str:
     def parts() -> Iterator[str]:
-        yield from (model.base_sha256, str(model.model.dtype), repr((sorted(layers), site_share)))
+        yield from (model.base_sha256, model.reading_sha256, str(model.model.dtype))
+        yield repr((sorted(layers), site_share))
         for reference in references:
             prompt = _prompt(reference)
             constraint = reference.constraint if isinstance(reference, Context) else None
