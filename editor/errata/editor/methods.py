@@ -347,13 +347,14 @@ def solve_layer(
     K, R = (torch.cat([shared(c) for c in columns], 1).cpu() for columns in (keys, residuals))  # as the statistics
     ridge = RIDGES[settings.method] if settings.ridge is None else settings.ridge
     installed = 1.0 if settings.method is Method.MEMIT else 0.0
-    kept = held.matrix() if held else None
+    kept = held if held and held.requests else None
     if ridge:
         weighted = metric.times(K)
         ridge *= float((K * weighted).sum(0).mean())
         if kept is None:
             return solve_weighted(K, weighted, R, ridge + installed)
-    return solve_edit(K, R, metric if kept is None else metric.holding(kept, ridge), ridge + installed)
+    ridge += installed
+    return solve_edit(K, R, metric.holding(kept, ridge) if kept else metric, ridge)
 
 
 def key_metric(
