@@ -19,6 +19,7 @@ Knows nothing about models, prompts or files; works in float64.
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -193,7 +194,7 @@ def _factor(products: Float[Tensor, "k k"], ridge: float) -> Float[Tensor, "k k"
         raise IllConditionedError(
             f"the keys of earlier edits cannot be told apart under the ridge λ = {ridge:g}; raise the ridge"
         )
-    return factor
+    return cast(Tensor, factor)
 
 
 def _above_zero(ridge: float) -> float:

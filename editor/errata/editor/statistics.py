@@ -96,22 +96,22 @@ def key_statistics(
     if path and (found := _read(path)):
         return found
     rows, ends = _encoded(model, references)
-    found, memory = _Sums(model, layers, ends), memory or Memory.of(model.device)
-    with found.listening():
+    sums, memory = _Sums(model, layers, ends), memory or Memory.of(model.device)
+    with sums.listening():
 
         def run(batch: Sequence[int]) -> None:
-            found.run([rows[i] for i in batch], batch)
+            sums.run([rows[i] for i in batch], batch)
             if progress:
-                progress(found.done, len(rows))
+                progress(sums.done, len(rows))
 
         for batch in by_length(rows, batch_size):
             memory.parts(run, batch, most=batch_size, row_bytes=len(rows[batch[0]].ids) * model.token_bytes)
     statistics = KeyStatistics(
-        everywhere={i: found.mean(i) for i in layers},
-        sites={i: found.at_sites(i) for i in layers},
+        everywhere={i: sums.mean(i) for i in layers},
+        sites={i: sums.at_sites(i) for i in layers},
         subjects=tuple(_subject(references[n]) for n in ends),
         site_share=site_share,
-        count=found.tokens,
+        count=sums.tokens,
     )
     if path:
         _write(path, statistics)
