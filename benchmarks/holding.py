@@ -1,16 +1,18 @@
 """An edit on a version of a thousand edits, by the service's own path: `python benchmarks/holding.py` (docs/adr/0008).
 
 On Atlas, in a ledger that is planted: every version is an edit of one request of eight contexts, in words or with
-pictures, and has a small delta that nobody solved. Then one request is edited on the last of them: where no keys of
-what is held are kept, where they are, and by a method that holds nothing. CPU seconds of one thread.
+pictures, and has a small delta that nobody solved. Then one request is edited on the last of them, whose deltas were
+read before: where no keys of what is held are kept, where they are, and by a method that holds nothing. CPU seconds of
+one thread; the figures go to `benchmarks/results/holding.json`.
 """
 
 import io
+import json
 import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -69,10 +71,11 @@ class Service:
     def planted(self, contexts: Sequence[Context], parent: int) -> int:
         """A version as if an edit of these contexts had made it."""
         draw, base = torch.Generator().manual_seed(parent), self.loaded.base
-        d, m = 1e-4 * torch.randn(base.down_projection(LAYER).out_features, 1, generator=draw), base.layers[LAYER]
-        a = 1e-4 * torch.randn(1, m.get_submodule(base.family.down_projection).in_features, generator=draw)
+        down = base.down_projection(LAYER)
+        b = 1e-4 * torch.randn(down.out_features, 1, generator=draw)
+        a = 1e-4 * torch.randn(1, down.in_features, generator=draw)
         modules = {LAYER: base.down_projection_name(LAYER)}
-        delta = Delta(base_sha256=base.base_sha256, layers={LAYER: LowRank(a=a, b=d)}, modules=modules)
+        delta = Delta(base_sha256=base.base_sha256, layers={LAYER: LowRank(a=a, b=b)}, modules=modules)
         job = self.created(message([contexts], parent, ["nowhere"] * len(contexts)), parent)
         stored = self.deltas.put(delta, base)
         made = NewVersion(
@@ -147,33 +150,71 @@ def earlier(n: int, *, pictures: bool) -> Iterator[list[Context]]:
         ]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """CPU seconds of an edit on a version of `held` requests, of each run, and the bytes of the keys on disk."""
+
+    asked: str
+    held: int
+    not_kept: list[float]
+    kept: list[float]
+    nothing_held: list[float]
+    keys_bytes: int
+
+    def cells(self) -> tuple[str, ...]:
+        """As the table tells it."""
+        seconds = (told(runs) for runs in (self.not_kept, self.kept, self.nothing_held))
+        return (self.asked, f"{self.held:,}", *seconds, f"{self.keys_bytes / 2**20:.1f} MiB")
+
+
+def told(runs: Sequence[float]) -> str:
+    """The median, and the range of several."""
+    return f"{np.median(runs):.2f}" + (f" ({min(runs):.2f}-{max(runs):.2f})" if len(runs) > 1 else "")
+
+
 def main(
     held: Annotated[list[int] | None, typer.Option(help="Requests that are held; none: 256 and 1,000.")] = None,
     times: Annotated[int, typer.Option(help="Edits of which the median is told, but where no keys are kept.")] = 3,
+    out: Annotated[Path, typer.Option(help="Folder for the figures as JSON.")] = Path("benchmarks/results"),
 ) -> None:
     """Time edits on versions of many edits."""
     torch.set_num_threads(1)
-    table = Table("asked", "held", "keys not kept", "keys kept", "nothing held", "keys on disk")
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         of = service(Path(folder))
         of.edited(0, edit_pb2.METHOD_MEMIT)  # computes the key statistics
         for pictures in (False, True):
-            sizes, version = held or [256, 1000], 0
-            for n, contexts in enumerate(earlier(max(sizes), pictures=pictures), start=1):
-                version = of.planted(contexts, version)
-                if n in sizes:
-                    table.add_row("with pictures" if pictures else "in words", f"{n:,}", *measured(of, version, times))
+            rows += measured(of, held or [256, 1000], times, pictures=pictures)
+    table = Table("asked", "held", "keys not kept", "keys kept", "nothing held", "keys on disk")
+    for row in rows:
+        table.add_row(*row.cells())
     Console(width=120).print(table)
+    out.mkdir(parents=True, exist_ok=True)
+    found = {"layer": LAYER, "contexts": CONTEXTS, "threads": 1, "rows": [asdict(row) for row in rows]}
+    (out / "holding.json").write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
 
 
-def measured(of: Service, version: int, times: int) -> Iterator[str]:
-    """A row's cells."""
+def measured(of: Service, sizes: Sequence[int], times: int, *, pictures: bool) -> Iterator[Row]:
+    """A row at each of the sizes of one lineage."""
+    version = 0
+    for n, contexts in enumerate(earlier(max(sizes), pictures=pictures), start=1):
+        version = of.planted(contexts, version)
+        if n in sizes:
+            yield timed(of, version, times, asked="with pictures" if pictures else "in words", held=n)
+
+
+def timed(of: Service, version: int, times: int, *, asked: str, held: int) -> Row:
+    """Edits on a version: first without kept keys, which keeps them."""
     shutil.rmtree(of.loaded.keys_folder, ignore_errors=True)
-    yield f"{of.edited(version, edit_pb2.METHOD_MEMIT):.2f}"
-    for method in (edit_pb2.METHOD_MEMIT, edit_pb2.METHOD_EMMET):
-        found = [of.edited(version, method) for _ in range(times)]
-        yield f"{np.median(found):.2f} ({min(found):.2f}-{max(found):.2f})"
-    yield f"{sum(f.stat().st_size for f in of.loaded.keys_folder.iterdir()) / 2**20:.1f} MiB"
+    of.loaded.composed(version)  # reads the lineage's deltas, which only the first edit would pay for
+    return Row(
+        asked=asked,
+        held=held,
+        not_kept=[of.edited(version, edit_pb2.METHOD_MEMIT)],
+        kept=[of.edited(version, edit_pb2.METHOD_MEMIT) for _ in range(times)],
+        nothing_held=[of.edited(version, edit_pb2.METHOD_EMMET) for _ in range(times)],
+        keys_bytes=sum(f.stat().st_size for f in of.loaded.keys_folder.iterdir()),
+    )
 
 
 if __name__ == "__main__":

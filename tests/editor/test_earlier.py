@@ -13,7 +13,8 @@ from torch import Tensor
 
 from errata.editor.delta import applied
 from errata.editor.earlier import Earlier, EarlierRequest
-from errata.editor.errors import ConstraintNotFoundError
+from errata.editor.errors import ConstraintNotFoundError, MemoryLimitError
+from errata.editor.memory import Memory
 from errata.editor.model import EditableModel
 from errata.editor.prompts import Constraint
 from errata.editor.requests import Context, EditRequest
@@ -96,11 +97,14 @@ def test_a_damaged_file_is_computed_and_written_anew(
     assert equal(found(unopened(earlier), llama), first)
 
 
-def test_keys_are_kept_by_weights_dtype_layer_and_what_the_contexts_ask(llava: EditableModel, tmp_path: Path) -> None:
+def test_keys_are_kept_by_weights_dtype_template_layer_and_what_the_contexts_ask(
+    llava: EditableModel, tmp_path: Path
+) -> None:
     one = request(llava)
     first, *rest = one.contexts
-    narrow = tiny_model("llava")
+    narrow, worded = tiny_model("llava"), tiny_model("llava")
     narrow.model.to(torch.bfloat16)
+    worded.processor.chat_template = f"Asked: {worded.processor.chat_template}"
 
     def with_first(**own: object) -> EditRequest:
         return replace(one, contexts=(replace(first, **own), *rest))
@@ -109,6 +113,7 @@ def test_keys_are_kept_by_weights_dtype_layer_and_what_the_contexts_ask(llava: E
     others = [
         (tiny_model("llava", seed=1), one, 1),
         (narrow, one, 1),
+        (worded, one, 1),
         (llava, one, 0),
         (llava, with_first(prompt=replace(first.prompt, images=(picture(9),))), 1),
         (llava, with_first(prompt=replace(first.prompt, text="Who is this country?")), 1),
@@ -182,3 +187,38 @@ def test_a_request_that_cannot_be_read_leaves_no_hook_and_says_that_it_is_an_ear
     with pytest.raises(ConstraintNotFoundError) as raised:
         found(Earlier(requests=(earlier,)), llama)
     assert (raised.value.field or "").startswith("earlier")
+
+
+@pytest.mark.parametrize("free_rows", [1, 3])
+def test_batches_are_cut_to_what_memory_holds_and_where_not_one_context_fits_that_is_said(
+    llama: EditableModel, free_rows: int
+) -> None:
+    own = context(llama)
+    earlier = Earlier.of([EditRequest(name=str(n), contexts=(own,), target="Rome") for n in range(8)])
+    row_bytes, rows = len(llama.encode(own.prompt).ids) * llama.token_bytes, []
+    handle = llama.layers[0].register_forward_pre_hook(lambda _, args: rows.append(len(args[0])))
+    try:
+        memory = Memory(free=lambda: int(1.3 * free_rows * row_bytes))
+        cut = list(earlier.keys(llama, 1, of_base=True, memory=memory))
+    finally:
+        handle.remove()
+    assert sum(rows) == 8
+    assert max(rows) == free_rows
+    for one, whole in zip(cut, found(earlier, llama), strict=True):
+        torch.testing.assert_close(one, whole, rtol=1e-5, atol=1e-6)
+    with pytest.raises(MemoryLimitError):
+        next(earlier.keys(llama, 1, of_base=True, memory=Memory(free=lambda: 1)))
+
+
+def test_keys_that_cannot_be_written_are_computed_with_one_warning(
+    llama: EditableModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "keys").write_text("a file where the folder would be")
+    requests = [
+        EditRequest(name=str(n), contexts=(context(llama, f"Is number {n} this country?"),), target="Rome")
+        for n in range(20)
+    ]
+    computed = found(Earlier.of(requests), llama)
+    assert equal(found(Earlier.of(requests, tmp_path / "keys"), llama), computed)
+    assert [r.levelname for r in caplog.records] == ["WARNING"]
+    assert "cannot be written" in caplog.text

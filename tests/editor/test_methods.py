@@ -37,11 +37,13 @@ from errata.editor.methods import (
     Method,
     Stage,
     edit,
+    solve_layer,
 )
 from errata.editor.model import EditableModel
 from errata.editor.prompts import Constraint, Prompt
 from errata.editor.recording import record
 from errata.editor.requests import Context, EditRequest
+from errata.editor.solver import HeldKeys, InverseCovariance
 from errata.editor.statistics import KeyStatistics, key_statistics
 from errata.editor.values import ValueSettings
 
@@ -309,6 +311,24 @@ def test_what_earlier_edits_installed_is_held(model: EditableModel, method: Meth
     assert disturbed(rome(model)) < 0.6 * disturbed()
 
 
+@pytest.mark.parametrize("ridge", [None, 0.5, 20.0])
+def test_a_ridge_makes_memit_hold_earlier_keys_no_harder_than_it_installs_new_ones(
+    llama: EditableModel, ridge: float | None
+) -> None:
+    """ΔW = RKᵀ(λG₀ + K₁K₁ᵀ + KKᵀ)⁻¹, whatever λ is."""
+    random = torch.Generator().manual_seed(0)
+    settings, statistics, held = replace(settings_of(Method.MEMIT), ridge=ridge), statistics_of(llama), HeldKeys()
+    metric = InverseCovariance(statistics.covariance(1), weight=settings.preservation)
+    m = len(metric.covariance)
+    key, old = (torch.randn(m, 1, generator=random, dtype=torch.float64) for _ in range(2))
+    residual = torch.randn(4, 1, generator=random, dtype=torch.float64)
+    held.add(old)
+    found = solve_layer([key], [residual], settings, metric, held).dense().double()
+    weight = 1 + (ridge or 0) * float(key.T @ metric.times(key))
+    expected = residual @ key.T @ torch.linalg.inv(weight * metric.inverse() + old @ old.T + key @ key.T)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5 * float(expected.norm()))
+
+
 @pytest.mark.parametrize("parent_layer", [0, 1])
 @pytest.mark.parametrize("layers", [(1,), (1, 2)])
 def test_an_edit_that_reads_kept_keys_is_the_edit_that_computes_them(
@@ -354,6 +374,9 @@ def test_an_edit_is_not_held_back_by_what_it_replaces(
     free = edit(model, [new], settings, statistics, parent=parent)
     held = edit(model, [new], settings, statistics, parent=parent, earlier=Earlier.of([old]))
     assert held.delta.sha256 == free.delta.sha256
+    other = EditRequest(name="other", contexts=(asked(model, "Where is the number", "number"),), target="Rome")
+    both = edit(model, [new], settings, statistics, parent=parent, earlier=Earlier.of([old, other]))
+    assert (free.held, held.held, both.held) == (0, 0, 1)
 
 
 def test_a_parent_of_another_base_is_refused(llama: EditableModel) -> None:

@@ -12,6 +12,7 @@ from tiny import PATCHES, picture, question, tiny_model, tokenizer
 
 from errata.editor.errors import ConstraintNotFoundError, LayerError, MemoryLimitError, PromptError, TargetError
 from errata.editor.memory import Memory
+from errata.editor.mixed import replica
 from errata.editor.model import EditableModel, by_length
 from errata.editor.prompts import Constraint, Prompt
 
@@ -425,3 +426,29 @@ def _property_models_stay_as_they_were() -> Iterator[None]:
     yield
     assert not LLAVA.model.training
     assert not GPT2.model.training
+
+
+def test_what_decides_how_a_prompt_is_read_has_one_digest_wherever_and_however_it_runs(llava: EditableModel) -> None:
+    moved = tiny_model("llava", seed=1)
+    moved.model.to(torch.bfloat16)
+    moved.model.config._name_or_path, moved.model.config.transformers_version = "/elsewhere", "1.0"
+    moved.model.set_attn_implementation("eager")
+    moved.tokenizer(["one", "and two"], padding=True)
+    assert moved.reading_sha256 == replica(llava).reading_sha256 == llava.reading_sha256
+
+
+@pytest.mark.parametrize("change", ["template", "token", "size", "patches", "rope"])
+def test_whatever_changes_how_a_prompt_is_read_changes_its_digest(llava: EditableModel, change: str) -> None:
+    other = tiny_model("llava")
+    match change:
+        case "template":
+            other.processor.chat_template += " "
+        case "token":
+            other.tokenizer.add_tokens(["_Atlantis"])
+        case "size":
+            other.processor.image_processor.size = {"height": 16, "width": 16}
+        case "patches":
+            other.processor.vision_feature_select_strategy = "full"
+        case "rope":
+            other.model.config.text_config.rope_parameters["rope_theta"] = 5e5
+    assert other.reading_sha256 != llava.reading_sha256

@@ -41,9 +41,17 @@ def close(found: LowRank, expected: Tensor) -> None:
     torch.testing.assert_close(found.dense(), expected, rtol=0, atol=5e-7 * float(expected.norm()) + 1e-12)
 
 
-def null_space(covariance: Tensor, energy: float, earlier: Tensor | None = None, ridge: float = 0.0) -> NullSpace:
+def null_space(covariance: Tensor, energy: float) -> NullSpace:
     """AlphaEdit's metric, from C₀."""
-    return NullSpace(free_directions(*eigenvectors(covariance), energy=energy), earlier=earlier, ridge=ridge)
+    return NullSpace(free_directions(*eigenvectors(covariance), energy=energy))
+
+
+def holding(columns: Tensor) -> HeldKeys:
+    """Requests of one key each."""
+    held = HeldKeys()
+    for column in columns.T:
+        held.add(column[:, None])
+    return held
 
 
 METRICS = {
@@ -80,8 +88,9 @@ def test_more_keys_than_the_width_are_solved_in_the_inner_width_and_to_the_same_
     random = torch.Generator().manual_seed(n)
     k, r = (torch.randn(rows, n, generator=random, dtype=torch.float64) for rows in (m, d))
     c = problem((d, m, 1, n))[2]
-    held = torch.randn(m, earlier, generator=random, dtype=torch.float64) if earlier else None
-    metric = InverseCovariance(c, weight=7.5, earlier=held)
+    metric = InverseCovariance(c, weight=7.5)
+    if earlier:
+        metric = metric.holding(holding(torch.randn(m, earlier, generator=random, dtype=torch.float64)), 0.5)
     found = solve_edit(k, r, metric, 0.5)
     weighted = metric.times(k)
     close(found, r @ torch.linalg.inv(k.T @ weighted + 0.5 * torch.eye(n, dtype=torch.float64)) @ weighted.T)
@@ -178,44 +187,62 @@ def test_alphaedit_with_earlier_edits_is_its_published_formula(
     projector = null_space(c, energy=0.5).times(torch.eye(len(k), dtype=torch.float64))
     dense = (earlier @ earlier.T + k @ k.T) @ projector + ridge * torch.eye(len(k), dtype=torch.float64)
     close(
-        solve_edit(k, r, null_space(c, energy=0.5, earlier=earlier, ridge=ridge), ridge),
+        solve_edit(k, r, null_space(c, energy=0.5).holding(holding(earlier), ridge), ridge),
         r @ k.T @ projector @ torch.linalg.inv(dense),
     )
 
 
 @given(sizes=st.lists(st.integers(1, 8), min_size=1, max_size=30), seed=st.integers(0, 10_000))
-def test_any_number_of_requests_is_held_in_twice_as_many_columns_as_the_keys_have_rows(
+def test_any_number_of_requests_is_held_in_no_more_than_their_keys_or_one_square_matrix(
     sizes: list[int], seed: int
 ) -> None:
     random = torch.Generator().manual_seed(seed)
     keys, held = [torch.randn(12, n, generator=random) for n in sizes], HeldKeys()
     for k in keys:
         held.add(k)
-    columns = held.matrix()
-    assert columns is not None
-    assert columns.shape[1] <= 24 + 8
-    assert columns.dtype == torch.float64
+    columns, found = held.columns(), torch.zeros(12, 12, dtype=torch.float64)
+    held.add_products(found, 2.0)
+    assert (columns is None) == (sum(sizes) > 12)
+    assert columns is None or columns.shape == (12, sum(sizes))
+    assert held.requests == len(sizes)
     # A request counts as one, whatever the number of its contexts.
     expected = sum((k.double() @ k.double().T / k.shape[1] for k in keys), torch.zeros(12, 12, dtype=torch.float64))
-    torch.testing.assert_close(columns @ columns.T, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(found, 2 * expected, rtol=1e-12, atol=1e-12)
+    basis = torch.linalg.qr(torch.randn(12, 5, generator=random, dtype=torch.float64))[0]
+    torch.testing.assert_close(held.products_in(basis), basis.T @ expected @ basis, rtol=1e-12, atol=1e-12)
 
 
-def test_nothing_held_is_no_matrix_and_the_identity_holds_nothing() -> None:
-    assert HeldKeys().matrix() is None
+def test_what_is_asked_of_held_keys_between_requests_changes_nothing() -> None:
+    keys = torch.randn(12, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    held, found = HeldKeys(), torch.zeros(12, 12, dtype=torch.float64)
+    for column in keys.T:
+        held.add(column[:, None])
+        held.columns()
+    held.add_products(found, 1.0)
+    torch.testing.assert_close(found, keys @ keys.T)
+
+
+def test_the_identity_holds_nothing() -> None:
     with pytest.raises(NotImplementedError, match="Identity"):
-        Identity().holding(torch.ones(3, 1), 0.1)
+        Identity().holding(holding(torch.ones(3, 1)), 0.1)
 
 
-@given(shape=SHAPES, weight=st.sampled_from([0.5, 1.0, 100.0]), p=st.integers(1, 40))
-def test_memit_holds_earlier_edits_as_firmly_as_it_seeks_new_ones(
-    shape: tuple[int, int, int, int], weight: float, p: int
+@given(
+    shape=SHAPES,
+    weight=st.sampled_from([0.5, 1.0, 100.0]),
+    ridge=st.sampled_from([0.3, 1.0, 7.0]),
+    p=st.integers(1, 40),
+)
+def test_memit_holds_earlier_edits_as_firmly_as_it_seeks_new_ones_under_any_ridge(
+    shape: tuple[int, int, int, int], weight: float, ridge: float, p: int
 ) -> None:
-    """W* = argmin ‖ΔW K − R‖² + ‖ΔW K₁‖² + w tr(ΔW C₀ ΔWᵀ)."""
+    """W* = argmin ‖ΔW K − R‖² + ‖ΔW K₁‖² + λw tr(ΔW C₀ ΔWᵀ)."""
     k, r, c, random = problem(shape)
     earlier = torch.randn(len(k), p, generator=random, dtype=torch.float64)
+    metric = InverseCovariance(c, weight=weight, jitter=0.0).holding(holding(earlier), ridge)
     close(
-        solve_edit(k, r, InverseCovariance(c, weight=weight, jitter=0.0, earlier=earlier), 1.0),
-        r @ k.T @ torch.linalg.inv(weight * c + earlier @ earlier.T + k @ k.T),
+        solve_edit(k, r, metric, ridge),
+        r @ k.T @ torch.linalg.inv(ridge * weight * c + earlier @ earlier.T + k @ k.T),
     )
 
 
@@ -272,10 +299,19 @@ def test_more_keys_than_directions_are_refused_without_a_ridge() -> None:
 
 def test_earlier_keys_need_a_ridge() -> None:
     k, r, c, _ = problem((6, 3, 1, 0))
-    twice = torch.cat([k, k], 1)
-    with pytest.raises(IllConditionedError, match="give one above 0"):
-        solve_edit(k, r, null_space(c, energy=1.0, earlier=twice, ridge=0.0), 0.0)
-    solve_edit(k, r, null_space(c, energy=1.0, earlier=twice, ridge=0.1), 0.1)
+    twice = holding(torch.cat([k, k], 1))
+    for metric in (null_space(c, energy=1.0), InverseCovariance(c)):
+        with pytest.raises(IllConditionedError, match="give one above 0"):
+            metric.holding(twice, 0.0)
+        solve_edit(k, r, metric.holding(twice, 0.1), 0.1)
+
+
+@pytest.mark.parametrize("times", [2, 40])
+def test_a_ridge_too_small_for_the_earlier_keys_is_refused_with_what_to_do(times: int) -> None:
+    k, _, c, _ = problem((4, 12, 1, 0))
+    held = holding(1e4 * torch.cat([k] * times, 1))
+    with pytest.raises(IllConditionedError, match="raise the ridge"):
+        null_space(c, energy=1.0).holding(held, 1e-10).times(k)
 
 
 def test_a_null_space_without_room_is_refused() -> None:

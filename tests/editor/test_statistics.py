@@ -10,6 +10,7 @@ import torch
 from tiny import picture, question, tiny_model
 
 from errata.editor.errors import LayerError
+from errata.editor.memory import Memory
 from errata.editor.model import EditableModel
 from errata.editor.prompts import Constraint, Prompt
 from errata.editor.requests import Context
@@ -117,14 +118,16 @@ def test_a_second_call_is_read_from_the_cache_without_running_the_model(model: E
 
 def test_the_cache_is_keyed_by_weights_prompts_images_template_layers_and_dtype(tmp_path: Path) -> None:
     model = tiny_model("llava")
-    narrow = tiny_model("llava")
+    narrow, worded = tiny_model("llava"), tiny_model("llava")
     narrow.model.to(torch.bfloat16)
+    worded.processor.chat_template = f"Asked: {worded.processor.chat_template}"
     text = "Where?"
     base = [question(model, text)]
     key_statistics(model, base, (1,), cache=tmp_path)
     others = [
         (tiny_model("llava", seed=1), base, (1,)),
         (narrow, base, (1,)),
+        (worded, base, (1,)),
         (model, [question(model, "Where!")], (1,)),
         (model, [question(model, text, seed=9)], (1,)),
         (model, [Prompt(text=text, images=(picture(),), chat=False)], (1,)),
@@ -167,6 +170,32 @@ def test_a_failing_run_leaves_no_hooks_behind(llama: EditableModel) -> None:
 
     with pytest.raises(RuntimeError, match="no"):
         key_statistics(llama, reference(llama), LAYERS, progress=fail)
+
+
+def test_batches_are_cut_to_what_memory_holds(llama: EditableModel) -> None:
+    asked = [about(llama, "Rome", 0)] * 4
+    row_bytes = len(llama.encode(asked[0].prompt).ids) * llama.token_bytes
+    with counting_runs(llama) as runs:
+        cut = key_statistics(llama, asked, LAYERS, memory=Memory(free=lambda: int(1.3 * row_bytes)))
+    assert len(runs) == 4
+    assert same(cut, key_statistics(llama, asked, LAYERS, batch_size=1))
+
+
+def test_a_pass_that_runs_out_of_memory_is_made_again_in_parts_and_counts_once(llama: EditableModel) -> None:
+    asked = [about(llama, "Rome", 0)] * 4
+    steps: list[tuple[int, int]] = []
+
+    def fail(_module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if len(args[0]) > 1:
+            raise RuntimeError("can't allocate memory")
+
+    above = llama.layers[3].register_forward_pre_hook(fail)
+    try:
+        found = key_statistics(llama, asked, LAYERS, progress=lambda *s: steps.append(s))
+    finally:
+        above.remove()
+    assert same(found, key_statistics(llama, asked, LAYERS, batch_size=1))
+    assert steps == [(n, 4) for n in range(1, 5)]
 
 
 def test_a_layer_out_of_range_is_refused(llama: EditableModel) -> None:

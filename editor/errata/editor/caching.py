@@ -5,12 +5,16 @@ be used; what cannot is computed anew.
 """
 
 import hashlib
+import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from secrets import token_hex
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+_log = logging.getLogger(__name__)
 
 
 def digest_of(parts: Iterable[str | bytes]) -> str:
@@ -31,3 +35,13 @@ def write_whole(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def written(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bool:
+    """Whether `write_whole` could; what could not is computed again next time, and a warning says so."""
+    try:
+        write_whole(path, tensors, metadata)
+    except (OSError, SafetensorError) as error:
+        _log.warning("%s cannot be written (%s); what it would hold is computed again next time", path, error)
+        return False
+    return True

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from errata.editor.caching import digest_of, write_whole
+from errata.editor.caching import digest_of, written
 from errata.editor.checkpoints import hash_tensors
 from errata.editor.images import sha256_of
 from errata.editor.memory import Memory
@@ -61,31 +61,46 @@ class Earlier:
         """Requests whose contexts are in memory."""
         return cls(requests=tuple(EarlierRequest.of(r) for r in requests), folder=folder)
 
-    def keys(self, model: EditableModel, layer: int, *, of_base: bool) -> Iterator[Float[Tensor, "m n"]]:
+    def keys(
+        self, model: EditableModel, layer: int, *, of_base: bool, memory: Memory | None = None
+    ) -> Iterator[Float[Tensor, "m n"]]:
         """Each request's keys at a layer, a column a context, in float64 on the CPU.
 
         `model` answers as the version does; `of_base` says that nothing is edited below the layer, so that the keys are
-        the base's. Only these are kept. Raises InvalidInputError and its kinds for contexts that the model cannot take.
+        the base's. Only these are kept. Batches are cut to what `memory` holds, None: the device's own. Raises
+        InvalidInputError and its kinds for contexts that the model cannot take.
         """
+        memory = memory or Memory.of(model.device)
+        kept = _Kept(model, layer, self.folder, memory) if of_base and self.folder else None
         for i in range(0, len(self.requests), _AT_ONCE):
             some = self.requests[i : i + _AT_ONCE]
-            for keys in self._kept(model, some, layer) if of_base and self.folder else _computed(model, some, layer):
+            for keys in kept.of(some) if kept else _computed(model, some, layer, memory):
                 yield keys.double().T
 
-    def _kept(self, model: EditableModel, requests: Sequence[EarlierRequest], layer: int) -> list[Float[Tensor, "n m"]]:
-        """Keys of the base, read where they are kept, and kept where they are not."""
-        paths = {r.name: self._path(model, r, layer) for r in requests}
-        found = {name: keys for name, path in paths.items() if (keys := _read(path)) is not None}
+
+class _Kept:
+    """Keys of the base at a layer, read where they are kept, and kept where they are not."""
+
+    def __init__(self, model: EditableModel, layer: int, folder: Path, memory: Memory) -> None:
+        self._model, self._layer, self._folder, self._memory = model, layer, folder, memory
+        self._writable = True
+
+    def of(self, requests: Sequence[EarlierRequest]) -> list[Float[Tensor, "n m"]]:
+        """Each request's. After the first file that cannot be written no other is tried."""
+        found = {r.name: keys for r in requests if (keys := _read(self._path(r))) is not None}
         missing = [r for r in requests if r.name not in found]
-        for request, keys in zip(missing, _computed(model, missing, layer), strict=True):
+        for request, keys in zip(missing, _computed(self._model, missing, self._layer, self._memory), strict=True):
             found[request.name] = keys
-            write_whole(paths[request.name], {"keys": keys}, {"sha256": hash_tensors([("keys", keys)])})
+            said = {"sha256": hash_tensors([("keys", keys)])}
+            self._writable = self._writable and written(self._path(request), {"keys": keys}, said)
         return [found[r.name] for r in requests]
 
-    def _path(self, model: EditableModel, request: EarlierRequest, layer: int) -> Path:
-        assert self.folder is not None
-        name = digest_of((model.base_sha256, str(model.model.dtype), str(layer), request.name))
-        return self.folder / f"{name}.safetensors"
+    def _path(self, request: EarlierRequest) -> Path:
+        model = self._model
+        name = digest_of(
+            (model.base_sha256, model.reading_sha256, str(model.model.dtype), str(self._layer), request.name)
+        )
+        return self._folder / f"{name}.safetensors"
 
 
 def _said(context: Context) -> Iterator[str]:
@@ -105,10 +120,12 @@ def _read(path: Path) -> Float[Tensor, "n m"] | None:
         return None
 
 
-def _computed(model: EditableModel, requests: Sequence[EarlierRequest], layer: int) -> list[Float[Tensor, "n m"]]:
+def _computed(
+    model: EditableModel, requests: Sequence[EarlierRequest], layer: int, memory: Memory
+) -> list[Float[Tensor, "n m"]]:
     """Each request's keys, a row a context, by one run over all. The pictures of one at a time are decoded."""
     sites = [[model.encode_at(c, field="earlier") for c in r.contexts()] for r in requests]
-    keys = iter(_keys_at(model, [site for some in sites for site in some], layer))
+    keys = iter(_keys_at(model, [site for some in sites for site in some], layer, memory))
     return [torch.stack([next(keys) for _ in some]) for some in sites]
 
 
@@ -116,7 +133,9 @@ class _ReachedError(Exception):
     """Ends a run at the layer whose keys it was made for."""
 
 
-def _keys_at(model: EditableModel, sites: Sequence[tuple[Encoded, int]], layer: int) -> list[Float[Tensor, " m"]]:
+def _keys_at(
+    model: EditableModel, sites: Sequence[tuple[Encoded, int]], layer: int, memory: Memory
+) -> list[Float[Tensor, " m"]]:
     """The key at a token of every row, in the model's dtype; the layers above are not run."""
     found: dict[int, Tensor] = {}
 
@@ -134,5 +153,5 @@ def _keys_at(model: EditableModel, sites: Sequence[tuple[Encoded, int]], layer: 
             handle.remove()
 
     for batch in by_length([row for row, _ in sites], _ROWS):
-        Memory(free=lambda: None).parts(run, batch, most=_ROWS)
+        memory.parts(run, batch, most=_ROWS, row_bytes=len(sites[batch[0]][0].ids) * model.token_bytes)
     return [found[i] for i in range(len(sites))]

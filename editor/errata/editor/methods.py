@@ -23,6 +23,7 @@ from errata.editor.errors import (
     NoOpEditError,
     check_numbers,
 )
+from errata.editor.memory import Memory
 from errata.editor.model import EditableModel, same_answer
 from errata.editor.recording import record
 from errata.editor.requests import EditRequest, check_batch
@@ -113,11 +114,12 @@ class RequestOutcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EditResult:
-    """The delta of a batch and how it came about."""
+    """The delta of a batch and how it came about. `held` counts the earlier requests that its first layer held."""
 
     delta: Delta
     settings: EditSettings
     outcomes: tuple[RequestOutcome, ...]
+    held: int = 0
 
     @property
     def unconverged(self) -> tuple[str, ...]:
@@ -161,9 +163,9 @@ def edit(
         steps = len(settings.layers) * (len(requests) if settings.method is Method.ROME else 1 + len(held.requests))
         work = _Work(model, settings, statistics, parent, held, _counted(partial(tell, Stage.SOLVE), steps), cancelled)
         if settings.method is Method.ROME:
-            delta = _one_by_one(work, requests, values)
+            delta, number = _one_by_one(work, requests, values), 0
         else:
-            delta = _spread(work, requests, values, before=found)
+            delta, number = _spread(work, requests, values, before=found)
     if not delta.layers:
         raise NoCausalSiteError(
             f"nothing was installed: at layer {last} no value at the constraint changes the answer; choose earlier "
@@ -173,7 +175,7 @@ def edit(
         RequestOutcome(name=r.name, target=r.target, before=b, value=v)
         for r, b, v in zip(requests, before, values, strict=True)
     )
-    return EditResult(delta=delta, settings=settings, outcomes=outcomes)
+    return EditResult(delta=delta, settings=settings, outcomes=outcomes, held=number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +245,7 @@ def _one_by_one(work: _Work, requests: Sequence[EditRequest], values: Sequence[V
     """ROME solves one request at a time; the next one sees the edits before it."""
     delta = empty_delta(work.model)
     for request, value in zip(requests, values, strict=True):
-        delta = delta + _spread(work, [request], [value], below=delta)
+        delta = delta + _spread(work, [request], [value], below=delta)[0]
     return delta
 
 
@@ -254,14 +256,16 @@ def _spread(
     *,
     below: Delta | None = None,
     before: Sequence[Sequence[_State]] | None = None,
-) -> Delta:
-    """ΔW of every layer for these requests, on top of `below`. `before`: their states there, if known.
+) -> tuple[Delta, int]:
+    """ΔW of every layer for these requests, on top of `below`, and how many earlier requests the first layer holds.
+
+    `before` are the requests' states there, if known.
 
     Later layers see the edits below them, so keys, and what is left to install, are computed again before each
     (MEMIT §4.3).
     """
     model, layers = work.model, work.settings.layers
-    delta, below, last = empty_delta(model), below or empty_delta(model), layers[-1]
+    delta, below, last, number = empty_delta(model), below or empty_delta(model), layers[-1], 0
     with applied(model, below):
         before = before or _at_constraints(model, requests, last, last)
     # The residual stream after the last layer, as if its MLP had put out v*.
@@ -271,6 +275,7 @@ def _spread(
             found = before if len(layers) == 1 else _at_constraints(model, requests, layer, last)
             keys = [torch.stack([s.key for s in ss], dim=1) for ss in found]
             held = _held(work, layer, torch.cat(keys, 1), (*work.parent.layers, *delta.layers))
+        number = held.requests if n == 0 else number
         share = 1 / (len(layers) - n)
         residuals = [
             share * torch.stack([w - s.output for w, s in zip(ws, ss, strict=True)], dim=1)
@@ -281,7 +286,7 @@ def _spread(
         modules = {layer: model.down_projection_name(layer)}
         delta = delta + Delta(base_sha256=model.base_sha256, layers={layer: low}, modules=modules)
         work.done()
-    return delta.compressed()
+    return delta.compressed(), number
 
 
 def _counted(progress: Progress, total: int) -> Callable[[], None]:
@@ -318,8 +323,8 @@ def _at_constraints(
     for i in range(0, len(contexts), chunk):
         some = contexts[i : i + chunk]
         rows, sites = zip(*(model.encode_at(c, field=field) for c, field in some), strict=True)
-        components = (Component.LAYER, Component.MLP)
-        for r in record(model, rows, sites, components=components, key_layers=(layer,), resumable=False):
+        components, memory = (Component.LAYER, Component.MLP), Memory.of(model.device)
+        for r in record(model, rows, sites, components=components, key_layers=(layer,), resumable=False, memory=memory):
             mlp, output = r.outputs[Component.MLP][last, 0], r.outputs[Component.LAYER][last, 0]
             states.append(_State(r.keys[layer][0].double(), mlp.double(), output.double()))
     found = iter(states)
@@ -347,13 +352,14 @@ def solve_layer(
     K, R = (torch.cat([shared(c) for c in columns], 1).cpu() for columns in (keys, residuals))  # as the statistics
     ridge = RIDGES[settings.method] if settings.ridge is None else settings.ridge
     installed = 1.0 if settings.method is Method.MEMIT else 0.0
-    kept = held.matrix() if held else None
+    kept = held if held and held.requests else None
     if ridge:
         weighted = metric.times(K)
         ridge *= float((K * weighted).sum(0).mean())
         if kept is None:
             return solve_weighted(K, weighted, R, ridge + installed)
-    return solve_edit(K, R, metric if kept is None else metric.holding(kept, ridge), ridge + installed)
+    ridge += installed
+    return solve_edit(K, R, metric.holding(kept, ridge) if kept else metric, ridge)
 
 
 def key_metric(

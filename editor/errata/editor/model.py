@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise, takewhile
 from typing import Any, cast
 
@@ -20,6 +21,7 @@ from errata.editor.errors import ConstraintNotFoundError, InvalidInputError, Lay
 from errata.editor.families import ModelFamily
 from errata.editor.memory import Memory
 from errata.editor.prompts import Constraint, Prompt
+from errata.editor.reading import digest_of_reading
 from errata.editor.requests import Context
 
 
@@ -78,7 +80,7 @@ class Answer:
     finished: bool
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # no slots: what is computed once lies in its __dict__
 class EditableModel:
     """A model of a known family with its processor, bound to its checkpoint by hash."""
 
@@ -92,6 +94,11 @@ class EditableModel:
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, alone or inside the processor."""
         return cast(PreTrainedTokenizerBase, getattr(self.processor, "tokenizer", self.processor))
+
+    @cached_property
+    def reading_sha256(self) -> str:
+        """What decides how prompts are read besides the weights and their dtype: `reading`. Taken when first asked."""
+        return digest_of_reading(self.processor, self.model.config)
 
     @property
     def layers(self) -> nn.ModuleList:

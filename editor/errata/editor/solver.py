@@ -19,6 +19,7 @@ Knows nothing about models, prompts or files; works in float64.
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from jaxtyping import Float
@@ -35,8 +36,9 @@ class KeyMetric(ABC):
     def times(self, keys: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
         """MK, in float64."""
 
-    def holding(self, earlier: Float[Tensor, "m p"], ridge: float) -> "KeyMetric":
-        """The metric under which what stands at the keys `earlier` is to stay, in a solve with the ridge λ.
+    def holding(self, earlier: "HeldKeys", ridge: float) -> "KeyMetric":
+        """The metric under which, in a solve with the ridge λ, what stands at the keys `earlier` is to stay as firmly
+        as the new residuals are sought.
 
         Raises NotImplementedError for a metric that only knows its own keys.
         """
@@ -44,21 +46,57 @@ class KeyMetric(ABC):
 
 
 class HeldKeys:
-    """K₁, the keys of earlier edits: what is to stay. Only K₁K₁ᵀ counts, so no more than 2m columns are ever held."""
+    """K₁, the keys of earlier edits: what is to stay. Only K₁K₁ᵀ counts: beyond m columns it is kept in their place."""
 
     def __init__(self) -> None:
+        self.requests = 0
+        """How many are held."""
         self._parts: list[Float[Tensor, "m n"]] = []
+        self._products: Float[Tensor, "m m"] | None = None
 
     def add(self, keys: Float[Tensor, "m n"]) -> None:
         """One request's keys, a column a context."""
+        self.requests += 1
         self._parts.append(shared(keys.double()))
-        if sum(part.shape[1] for part in self._parts) > 2 * len(keys):
-            # K₁ᵀ = QR, so K₁K₁ᵀ = RᵀR.
-            self._parts = [torch.linalg.qr(torch.cat(self._parts, 1).T, mode="r").R.T]
+        m = len(keys)
+        # Each sum passes over all of K₁K₁ᵀ, so a few requests wait for it.
+        if sum(part.shape[1] for part in self._parts) > (m if self._products is None else m // 8):
+            self._sum()
 
-    def matrix(self) -> Float[Tensor, "m p"] | None:
-        """K₁, in float64, or as many columns with the same K₁K₁ᵀ; None where nothing is held."""
-        return torch.cat(self._parts, 1) if self._parts else None
+    def columns(self) -> Float[Tensor, "m p"] | None:
+        """K₁, in float64; None of more than m columns."""
+        if self._products is None:
+            self._parts = [torch.cat(self._parts, 1)]
+            return self._parts[0]
+        self._sum()
+        return None
+
+    def add_products(self, matrix: Float[Tensor, "m m"], scale: float) -> None:
+        """Adds scale · K₁K₁ᵀ to a matrix in place."""
+        columns = self.columns()
+        if self._products is not None:
+            matrix.add_(self._products, alpha=scale)
+        elif columns is not None:
+            matrix.addmm_(columns, columns.T, alpha=scale)
+
+    def products_in(self, basis: Float[Tensor, "m f"]) -> Float[Tensor, "f f"]:
+        """UᵀK₁K₁ᵀU of a basis U."""
+        columns = self.columns()
+        if columns is None:
+            assert self._products is not None
+            return basis.T @ self._products @ basis
+        seen = basis.T @ columns
+        return seen @ seen.T
+
+    def _sum(self) -> None:
+        """Moves the columns into K₁K₁ᵀ."""
+        if self._parts:
+            columns = torch.cat(self._parts, 1)
+            self._parts = []
+            if self._products is None:
+                self._products = columns @ columns.T
+            else:
+                self._products.addmm_(columns, columns.T)
 
 
 def shared(columns: Float[Tensor, "k n"]) -> Float[Tensor, "k n"]:
@@ -76,8 +114,8 @@ class Identity(KeyMetric):
 
 @dataclass(frozen=True, slots=True)
 class InverseCovariance(KeyMetric):
-    """M = (weight · C₀ + K₁K₁ᵀ)⁻¹ with C₀ = E[kkᵀ] over reference prompts and K₁ the keys `earlier`, if any, of edits
-    made before: what they installed is to stay.
+    """M = (weight · C₀ + K₁K₁ᵀ/λ)⁻¹ with C₀ = E[kkᵀ] over reference prompts and K₁ the keys `earlier`, if any, of edits
+    made before. A solve multiplies M⁻¹ by its ridge λ, so that of K₁ it sees K₁K₁ᵀ, as of the new keys.
 
     `jitter`, relative to C₀'s mean eigenvalue, keeps directions that the reference never uses from costing nothing.
     """
@@ -85,7 +123,8 @@ class InverseCovariance(KeyMetric):
     covariance: Float[Tensor, "m m"]
     weight: float = 1.0
     jitter: float = 1e-4
-    earlier: Float[Tensor, "m p"] | None = None
+    earlier: HeldKeys | None = None
+    ridge: float = 1.0
 
     def times(self, keys: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
         mean = self.covariance.diagonal().double().mean()
@@ -97,8 +136,8 @@ class InverseCovariance(KeyMetric):
             )
         return torch.cholesky_solve(keys.double(), factor) / self.weight
 
-    def holding(self, earlier: Float[Tensor, "m p"], ridge: float) -> "InverseCovariance":
-        return replace(self, earlier=earlier)
+    def holding(self, earlier: HeldKeys, ridge: float) -> "InverseCovariance":
+        return replace(self, earlier=earlier, ridge=_above_zero(ridge))
 
     def inverse(self) -> Float[Tensor, "m m"]:
         """G = M⁻¹, in float64, in a matrix of the caller's own."""
@@ -108,7 +147,7 @@ class InverseCovariance(KeyMetric):
         """M⁻¹ / weight, in one new matrix: at LLaVA-7B's size each further one is a gigabyte."""
         c = self.covariance.to(torch.float64, copy=True)
         if self.earlier is not None:
-            c.addmm_(self.earlier.double(), self.earlier.double().T, alpha=1 / self.weight)
+            self.earlier.add_products(c, 1 / (self.weight * self.ridge))
         c.diagonal().add_(self.jitter * mean)
         return c
 
@@ -123,28 +162,45 @@ class NullSpace(KeyMetric):
     """
 
     free: Float[Tensor, "m f"]
-    earlier: Float[Tensor, "m p"] | None = None
+    earlier: HeldKeys | None = None
     ridge: float = 0.0
 
     def times(self, keys: Float[Tensor, "m n"]) -> Float[Tensor, "m n"]:
         within = self.free.T @ keys.double()
         if self.earlier is not None:
-            if not self.ridge > 0:
-                raise IllConditionedError("earlier edits are held against a ridge, which is 0; give one above 0")
-            within = _against(self.free.T @ self.earlier.double(), within, self.ridge)
+            within = _against(self.earlier, self.free, within, self.ridge)
         return self.free @ within
 
-    def holding(self, earlier: Float[Tensor, "m p"], ridge: float) -> "NullSpace":
-        return replace(self, earlier=earlier, ridge=ridge)
+    def holding(self, earlier: HeldKeys, ridge: float) -> "NullSpace":
+        return replace(self, earlier=earlier, ridge=_above_zero(ridge))
 
 
-def _against(held: Float[Tensor, "f p"], keys: Float[Tensor, "f n"], ridge: float) -> Float[Tensor, "f n"]:
-    """(I − H(λI + HᵀH)⁻¹Hᵀ)K = λ(λI + HHᵀ)⁻¹K, by the smaller of the two systems."""
-    f, p = held.shape
-    eye = ridge * torch.eye(min(f, p), dtype=held.dtype)
-    if f < p:
-        return torch.cholesky_solve(ridge * keys, torch.linalg.cholesky(held @ held.T + eye))
-    return keys - held @ torch.cholesky_solve(held.T @ keys, torch.linalg.cholesky(held.T @ held + eye))
+def _against(
+    held: HeldKeys, free: Float[Tensor, "m f"], keys: Float[Tensor, "f n"], ridge: float
+) -> Float[Tensor, "f n"]:
+    """(I − H(λI + HᵀH)⁻¹Hᵀ)K = λ(λI + HHᵀ)⁻¹K with H = UᵀK₁, by the smaller of the two systems."""
+    columns = held.columns()
+    if columns is None or columns.shape[1] > free.shape[1]:
+        return torch.cholesky_solve(ridge * keys, _factor(held.products_in(free), ridge))
+    seen = free.T @ columns
+    return keys - seen @ torch.cholesky_solve(seen.T @ keys, _factor(seen.T @ seen, ridge))
+
+
+def _factor(products: Float[Tensor, "k k"], ridge: float) -> Float[Tensor, "k k"]:
+    """Cholesky's factor of λI + `products`, which are overwritten."""
+    products.diagonal().add_(ridge)
+    factor, info = torch.linalg.cholesky_ex(products)
+    if info.item() or not torch.isfinite(factor.diagonal()).all():
+        raise IllConditionedError(
+            f"the keys of earlier edits cannot be told apart under the ridge λ = {ridge:g}; raise the ridge"
+        )
+    return cast(Tensor, factor)
+
+
+def _above_zero(ridge: float) -> float:
+    if not ridge > 0:
+        raise IllConditionedError("earlier edits are held against a ridge, which is 0; give one above 0")
+    return ridge
 
 
 def eigenvectors(covariance: Float[Tensor, "m m"]) -> tuple[Float[Tensor, " m"], Float[Tensor, "m m"]]:

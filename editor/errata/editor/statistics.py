@@ -6,9 +6,10 @@ kept one by one, so that an edit can leave out the references to the very thing 
 """
 
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from errata.editor.caching import digest_of, write_whole
 from errata.editor.images import sha256_of
+from errata.editor.memory import Memory
 from errata.editor.model import EditableModel, Encoded, by_length
 from errata.editor.prompts import Prompt
 from errata.editor.requests import Context
@@ -78,68 +80,94 @@ def key_statistics(
     cache: Path | None = None,
     batch_size: int = 128,
     progress: Progress | None = None,
+    memory: Memory | None = None,
 ) -> KeyStatistics:
     """C₀ of `layers` on `references`; read from `cache`, a folder, where the same was computed before.
 
     A reference that says where its constraint stands also counts by its key there: these keys make up `site_share` of
     C₀, however few they are among all tokens.
 
-    The cache is keyed by the base's weights, the references with their images, and the settings. A cached file that
-    cannot be read is computed anew.
+    The cache is keyed by the base's weights and how it reads prompts, the references with their images, and the
+    settings. A cached file that cannot be read is computed anew. Batches are cut to what `memory` holds, None: the
+    device's own.
     """
     model.check_layers(layers)
     path = cache / f"{_fingerprint(model, references, layers, site_share)}.safetensors" if cache else None
     if path and (found := _read(path)):
         return found
-    encoded, ends = _encoded(model, references)
-    everywhere = {i: _Products() for i in layers}
-    sites: dict[int, dict[int, Tensor]] = {i: {} for i in layers}
-    rows: list[int] = []
+    rows, ends = _encoded(model, references)
+    sums, memory = _Sums(model, layers, ends), memory or Memory.of(model.device)
+    with sums.listening():
 
-    def hook(layer: int) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def keep(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            everywhere[layer].add(args[0].flatten(0, -2))
-            keys = by_row(args[0], len(rows))
-            sites[layer] |= {i: keys[n, ends[i]].float().cpu() for n, i in enumerate(rows) if i in ends}
-
-        return keep
-
-    done = 0
-    with ExitStack() as hooks, torch.no_grad():
-        for layer in layers:
-            hooks.callback(model.down_projection(layer).register_forward_pre_hook(hook(layer)).remove)
-        for rows in by_length(encoded, batch_size):
-            model.model(**model.inputs([encoded[i] for i in rows]), logits_to_keep=1, use_cache=False)
-            done += len(rows)
+        def run(batch: Sequence[int]) -> None:
+            sums.run([rows[i] for i in batch], batch)
             if progress:
-                progress(done, len(encoded))
+                progress(sums.done, len(rows))
+
+        for batch in by_length(rows, batch_size):
+            memory.parts(run, batch, most=batch_size, row_bytes=len(rows[batch[0]].ids) * model.token_bytes)
     statistics = KeyStatistics(
-        everywhere={i: everywhere[i].mean() for i in layers},
-        sites={i: torch.stack([sites[i][n] for n in ends]) if ends else torch.zeros(0, 0) for i in layers},
+        everywhere={i: sums.mean(i) for i in layers},
+        sites={i: sums.at_sites(i) for i in layers},
         subjects=tuple(_subject(references[n]) for n in ends),
         site_share=site_share,
-        count=everywhere[layers[0]].count,
+        count=sums.tokens,
     )
     if path:
         _write(path, statistics)
     return statistics
 
 
-class _Products:
-    """The sum of kkᵀ: float32 products of one batch, summed in float64 over batches."""
+class _Sums:
+    """Σkkᵀ at each layer, float32 products of one pass summed in float64 over passes, and the keys at the `ends`.
 
-    def __init__(self) -> None:
-        self._sum: Float[Tensor, "m m"] | None = None
-        self.count = 0
+    What a pass found counts once it has ended, so that one that runs out of memory can be made again in parts.
+    """
 
-    def add(self, keys: Float[Tensor, "n m"]) -> None:
-        product = (keys.float().T @ keys.float()).double()
-        self._sum = product if self._sum is None else self._sum + product
-        self.count += len(keys)
+    def __init__(self, model: EditableModel, layers: Sequence[int], ends: Mapping[int, int]) -> None:
+        self._model, self._layers, self._ends = model, layers, ends
+        self._sums: dict[int, Float[Tensor, "m m"]] = {}
+        self._sites: dict[int, dict[int, Float[Tensor, " m"]]] = {i: {} for i in layers}
+        self._batch: Sequence[int] = ()
+        self._products: dict[int, Float[Tensor, "m m"]] = {}
+        self.done, self.tokens = 0, 0
+        """Rows, and their tokens."""
 
-    def mean(self) -> Float[Tensor, "m m"]:
-        assert self._sum is not None
-        return self._sum.cpu() / self.count
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """While open, the model's passes are heard."""
+        with ExitStack() as hooks:
+            for layer in self._layers:
+                down = self._model.down_projection(layer)
+                hooks.callback(down.register_forward_pre_hook(partial(self._hear, layer)).remove)
+            yield
+
+    def run(self, rows: Sequence[Encoded], batch: Sequence[int]) -> None:
+        """Adds these rows, of one length, whose numbers `batch` says."""
+        self._batch, self._products = batch, {}
+        with torch.no_grad():
+            self._model.model(**self._model.inputs(rows), logits_to_keep=1, use_cache=False)
+        for layer, product in self._products.items():
+            self._sums[layer] = self._sums[layer] + product if layer in self._sums else product.double()
+        self._products = {}
+        self.done += len(rows)
+        self.tokens += sum(len(row.ids) for row in rows)
+
+    def mean(self, layer: int) -> Float[Tensor, "m m"]:
+        """E[kkᵀ], on the CPU."""
+        return self._sums[layer].cpu() / self.tokens
+
+    def at_sites(self, layer: int) -> Float[Tensor, "n m"]:
+        """The keys at the ends, in their order."""
+        return torch.stack([self._sites[layer][n] for n in self._ends]) if self._ends else torch.zeros(0, 0)
+
+    def _hear(self, layer: int, _module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        keys = args[0].flatten(0, -2).float()
+        self._products[layer] = keys.T @ keys
+        own = by_row(args[0], len(self._batch))
+        self._sites[layer] |= {
+            i: own[n, self._ends[i]].float().cpu() for n, i in enumerate(self._batch) if i in self._ends
+        }
 
 
 def _prompt(reference: Prompt | Context) -> Prompt:
@@ -167,7 +195,8 @@ def _fingerprint(
     model: EditableModel, references: Sequence[Prompt | Context], layers: Sequence[int], site_share: float
 ) -> str:
     def parts() -> Iterator[str]:
-        yield from (model.base_sha256, str(model.model.dtype), repr((sorted(layers), site_share)))
+        yield from (model.base_sha256, model.reading_sha256, str(model.model.dtype))
+        yield repr((sorted(layers), site_share))
         for reference in references:
             prompt = _prompt(reference)
             constraint = reference.constraint if isinstance(reference, Context) else None

@@ -39,7 +39,7 @@ def keys(house: House, earlier: Earlier) -> list[object]:
 
 @pytest.fixture(scope="module")
 def crowded(house: House) -> int:
-    """A version of two edits with `MANY` requests in words, none of them about Croatia."""
+    """A version of two edits with `MANY` requests in words about other countries than Croatia, and one about it."""
     countries = [c for c in facts.KNOWN if c.name != "Croatia"]
     phrasings = [p for some in questions.PHRASINGS.values() for p in some]
     asked = [(c, p) for p in phrasings for c in countries][:MANY]
@@ -47,18 +47,26 @@ def crowded(house: House) -> int:
     number = 0
     for half in (slice(0, MANY // 2), slice(MANY // 2, None)):
         requests = [asking(f"{c.name}: {p.ask('it').text}", [ask(c, p, "", None)]) for c, p in asked[half]]
+        if number == 0:
+            requests.append(
+                asking("Croatia", [ask(next(c for c in facts.KNOWN if c.name == "Croatia"), phrasings[0], "", None)])
+            )
         message = edit_pb2.CreateEditRequest(parent=f"models/atlas/versions/{number}", requests=requests)
         number = plant(house, message, noise(house, number, 0.01), parent=number)
     return number
 
 
 @pytest.mark.slow
-def test_an_edit_holds_every_request_of_its_version_however_many(house: House, crowded: int, worker: Worker) -> None:
+def test_an_edit_holds_every_request_of_other_subjects_however_many_and_says_so(
+    house: House, crowded: int, worker: Worker
+) -> None:
     message = edit_message(small_edit("Croatia", contexts=2), method=edit_pb2.METHOD_MEMIT, steps=4)
     row = succeeded(worker.run(message, version=crowded))
     everything, order, loaded = held(house, crowded), house.decoder.edit(message), house.models.get("atlas")
-    assert len(everything.requests) == MANY
-    assert f"holds {MANY} requests" in (house.artifacts.folder(row.id) / "report.html").read_text(encoding="utf-8")
+    assert len(everything.requests) == MANY + 1
+    assert f"holds {MANY} requests of earlier edits" in (house.artifacts.folder(row.id) / "report.html").read_text(
+        encoding="utf-8"
+    )
     with loaded.borrow() as model:
         settings = replace(order.settings, layers=(LAYER,))
         statistics, parent = loaded.statistics(model, (LAYER,)), loaded.composed(crowded)

@@ -90,14 +90,13 @@ class EditWork:
             layers, traced = self._layers(job, loaded, model, order, parent)
             settings = replace(order.settings, layers=layers)
             model.check_layers(layers, "layers.explicit.layers")
-            earlier = self._earlier(job, loaded, settings)
             result = edit(
                 model,
                 order.requests,
                 settings,
                 self._statistics(job, loaded, model, order, settings),
                 parent=loaded.composed(job.row.version),
-                earlier=earlier,
+                earlier=self._earlier(job, loaded, settings),
                 progress=self._progress(job),
                 cancelled=job.cancelled,
             )
@@ -107,7 +106,9 @@ class EditWork:
             evaluation = compare(model, (*own, *order.probes), parent, (*parent, result.delta), own=len(own))
         least = in_force(configured_guardrails(loaded.settings.guardrails), order.guardrails)
         rejections = misses(evaluation.scores, least)
-        return Judged(result=result, evaluation=evaluation, rejections=rejections, trace=traced, notes=_holds(earlier))
+        return Judged(
+            result=result, evaluation=evaluation, rejections=rejections, trace=traced, notes=_holds(result.held)
+        )
 
     def _earlier(self, job: RunningJob, loaded: LoadedModel, settings: EditSettings) -> Earlier:
         if settings.method not in HOLDING:
@@ -166,9 +167,9 @@ class EditWork:
         return tell
 
 
-def _holds(earlier: Earlier) -> tuple[str, ...]:
-    """What the report says of earlier edits, if there are any to hold."""
-    return (f"holds {counted(len(earlier.requests), 'request')} of earlier edits",) if earlier.requests else ()
+def _holds(held: int) -> tuple[str, ...]:
+    """What the report says of the requests of earlier edits, if any are held."""
+    return (f"holds {counted(held, 'request')} of earlier edits",) if held else ()
 
 
 def own_probes(requests: Sequence[EditRequest]) -> tuple[Probe, ...]:
