@@ -152,7 +152,7 @@ def test_a_failure_halfway_through_wrapping_leaves_no_layer_wrapped(
         raise MemoryError
 
     before = state_of(llama)
-    monkeypatch.setattr("errata.editor.baselines.LoraModel", half)
+    monkeypatch.setattr("peft.LoraModel", half)
     with pytest.raises(MemoryError):
         fine_tune_lora(llama, requests(llama), LORA)
     assert state_of(llama) == before

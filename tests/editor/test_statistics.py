@@ -142,6 +142,15 @@ def test_the_cache_is_keyed_by_weights_prompts_images_template_layers_and_dtype(
     assert len(list(tmp_path.iterdir())) == 1 + len(others)
 
 
+def test_a_cache_that_cannot_be_written_costs_only_a_warning(
+    llama: EditableModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").touch()
+    found = key_statistics(llama, reference(llama), LAYERS, cache=tmp_path / "file")
+    assert same(found, key_statistics(llama, reference(llama), LAYERS))
+    assert "cannot be written" in caplog.text
+
+
 @pytest.mark.parametrize("damage", [b"", b"not safetensors", None], ids=["empty", "text", "cut"])
 def test_a_damaged_cache_file_is_computed_anew(llama: EditableModel, tmp_path: Path, damage: bytes | None) -> None:
     first = key_statistics(llama, reference(llama), LAYERS, cache=tmp_path)

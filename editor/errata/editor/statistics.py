@@ -17,7 +17,7 @@ from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from errata.editor.caching import digest_of, write_whole
+from errata.editor.caching import digest_of, written
 from errata.editor.images import sha256_of
 from errata.editor.memory import Memory
 from errata.editor.model import EditableModel, Encoded, by_length
@@ -88,7 +88,8 @@ def key_statistics(
     C₀, however few they are among all tokens.
 
     The cache is keyed by the base's weights and how it reads prompts, the references with their images, and the
-    settings. A cached file that cannot be read is computed anew. Batches are cut to what `memory` holds, None: the
+    settings. A cached file that cannot be read is computed anew, and one that cannot be written is left out with a
+    warning. Batches are cut to what `memory` holds, None: the
     device's own.
     """
     model.check_layers(layers)
@@ -226,4 +227,4 @@ def _write(path: Path, statistics: KeyStatistics) -> None:
     tensors = {f"everywhere.{i}": c for i, c in statistics.everywhere.items()}
     tensors |= {f"sites.{i}": k for i, k in statistics.sites.items()}
     said = {"subjects": statistics.subjects, "site_share": statistics.site_share, "count": statistics.count}
-    write_whole(path, tensors, {"statistics": json.dumps(said)})
+    written(path, tensors, {"statistics": json.dumps(said)})
