@@ -40,16 +40,18 @@ def main(
     transformers.utils.logging.disable_progress_bar()
     console, ceiling = Console(width=120), _ceiling(size)
     console.print(f"ceiling: {ceiling / 1e9:.0f} GFLOP/s, float32, one thread")
+    console.print(_by_tokens(ceiling))
     for case in _cases():
         if only in case.name:
             console.print(_profiled(case, ceiling))
 
 
 def _cases() -> Iterator[Case]:
-    """The first of each kind at its full size."""
+    """Traces and values at their full size."""
     yield next(tracing.cases(quick=False))
     yield next(noise.cases(quick=False))
-    yield next(c for c in values.cases(quick=False) if "16 requests" in c.name)
+    descents = [f"values of {n}, {kind}, 25 steps" for kind in ("LLaVA", "text") for n in ("1 request", "16 requests")]
+    yield from (c for c in values.cases(quick=False) if c.name in descents)
 
 
 def _ceiling(size: int) -> float:
@@ -61,6 +63,22 @@ def _ceiling(size: int) -> float:
         a @ a
         seconds.append(time.process_time() - began)
     return 2 * size**3 / median(seconds)
+
+
+def _by_tokens(ceiling: float) -> Table:
+    """What a product with a layer's weights reaches: of few tokens it takes as long as reading the weights does."""
+    weights = [torch.randn(1365, 512) for _ in range(64)]  # more than stays in a cache
+    shown = Table("tokens", "ms a product", "of the ceiling", title="products with weights of 512 × 1,365, by tokens")
+    for tokens in (1, 8, 16, 32, 64, 128, 256, 512):
+        x, seconds = torch.randn(tokens, 512), []
+        for _ in range(7):
+            began = time.process_time()
+            for weight in weights:
+                torch.nn.functional.linear(x, weight)
+            seconds.append((time.process_time() - began) / len(weights))
+        took = median(seconds)
+        shown.add_row(str(tokens), f"{1e3 * took:.2f}", f"{2 * tokens * 512 * 1365 / took / ceiling:.0%}")
+    return shown
 
 
 def _profiled(case: Case, ceiling: float) -> Table:
