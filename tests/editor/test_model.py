@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from tiny import PATCHES, picture, question, tiny_model, tokenizer
+from tiny_tokenizer import tokenizer_with
 
 from errata.editor.errors import ConstraintNotFoundError, LayerError, MemoryLimitError, PromptError, TargetError
 from errata.editor.memory import Memory
@@ -428,8 +429,8 @@ def _property_models_stay_as_they_were() -> Iterator[None]:
     assert not GPT2.model.training
 
 
-def test_what_decides_how_a_prompt_is_read_has_one_digest_wherever_and_however_it_runs(llava: EditableModel) -> None:
-    moved = tiny_model("llava", seed=1)
+def test_what_decides_how_a_prompt_is_read_has_one_digest_wherever_and_however_it_runs() -> None:
+    llava, moved = tiny_model("llava"), tiny_model("llava", seed=1)
     moved.model.to(torch.bfloat16)
     moved.model.config._name_or_path, moved.model.config.transformers_version = "/elsewhere", "1.0"
     moved.model.set_attn_implementation("eager")
@@ -438,12 +439,13 @@ def test_what_decides_how_a_prompt_is_read_has_one_digest_wherever_and_however_i
 
 
 @pytest.mark.parametrize("change", ["template", "token", "size", "patches", "rope"])
-def test_whatever_changes_how_a_prompt_is_read_changes_its_digest(llava: EditableModel, change: str) -> None:
-    other = tiny_model("llava")
+def test_whatever_changes_how_a_prompt_is_read_changes_its_digest(change: str) -> None:
+    llava, other = tiny_model("llava"), tiny_model("llava")
     match change:
         case "template":
             other.processor.chat_template += " "
         case "token":
+            other.processor.tokenizer = tokenizer_with(image_token="<image>")  # models share one
             other.tokenizer.add_tokens(["_Atlantis"])
         case "size":
             other.processor.image_processor.size = {"height": 16, "width": 16}
